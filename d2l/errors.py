@@ -1,0 +1,9 @@
+"""The one exception for mistakes that a user can mend.
+
+The command line and the HTTP gateway show its text without a traceback, so every message names the input,
+says what was expected, and what to do.
+"""
+
+
+class UserError(ValueError):
+    """A bad input: a document, a file, an option, a checkpoint for another base model."""

@@ -1,0 +1,45 @@
+"""Generators: features of chunks in, LoRA factors out. One file each; a new generator is a new file.
+
+A file `d2l/generators/NAME.py` defines a frozen dataclass `Config` (its sizes) and a module `Generator`:
+
+    class Generator(nn.Module):
+        encoder_kinds: ClassVar[tuple[str, ...]]       # which context encoders it can read
+        def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int): ...
+        def forward(self, features: Features) -> Factors: ...    # A [layers, chunks, r, d_in], B [layers, chunks, r, d_out]
+
+and must start as the identity (B zero), so that an untrained hypernetwork changes nothing.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+from d2l.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a generator must know of a base model."""
+
+    hidden_size: int
+    layers: int
+    """How many layers the context encoder runs, hence how many streams it gives; adapted layers come first in it."""
+    modules: dict[str, tuple[int, int]]
+    """Target module -> (d_in, d_out)."""
+
+
+def names() -> list[str]:
+    """The generators there are."""
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def load(name: str) -> ModuleType:
+    """The generator called `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in names():
+        raise UserError(f"generator {name!r} unknown; there are: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")

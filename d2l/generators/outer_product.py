@@ -1,0 +1,94 @@
+"""The outer-product generator: each token of a chunk writes one row into each target module.
+
+The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
+
+    key_t   = unit(c_t * diag + up(down(c_t))),      c_t = m's input at t minus its mean over the chunk
+    value_t = W2 silu(W1 [h_t, h_t+1, final_t]) * sigmoid(gate [h_t, h_t+1, final_t]) / sqrt(tokens)
+
+where h is the residual stream entering the layer and each part is RMS-normalised; A = keys, B = values, so
+delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv 2102.11174; compare
+Generative Adapter, arXiv 2411.05877). W2 starts at zero, so an untrained generator changes nothing. The rank is the
+number of tokens; internalizing compresses it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2l.context_encoder import Features
+from d2l.factors import Factors, LowRank
+from d2l.generators import Shapes
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes, per layer and target module."""
+
+    key_rank: int = 64
+    """Rank of the learned part of the key projection."""
+    value_width: int = 192
+    """Hidden width of the value MLP."""
+
+
+class Generator(nn.Module):
+    """Rows for every content token: A [layers, chunks, tokens, d_in], B [layers, chunks, tokens, d_out]."""
+
+    encoder_kinds: ClassVar[tuple[str, ...]] = ("activations",)
+
+    def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int):
+        super().__init__()
+        self.writers = nn.ModuleDict(
+            {
+                name: nn.ModuleList(
+                    [_Writer(config, shapes.hidden_size, d_in, d_out) for _ in range(shapes.layers)]
+                )
+                for name, (d_in, d_out) in shapes.modules.items()
+            }
+        )
+
+    def forward(self, features: Features) -> Factors:
+        """Write every content token; the values of affixes and padding are zero."""
+        weights_N1T = (features.content / features.content.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)
+        weights_N1T = weights_N1T.to(features.final.dtype)
+        final = _unit_rms(features.final)
+        contexts = [torch.cat([h, F.pad(h[:, 1:], (0, 0, 0, 1)), final], -1) for h in map(_unit_rms, features.streams)]
+        factors = {}
+        for name, writers in self.writers.items():
+            pairs = [
+                writer(x, context, weights_N1T)
+                for writer, x, context in zip(writers, features.inputs[name], contexts, strict=True)
+            ]
+            factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
+        return factors
+
+
+class _Writer(nn.Module):
+    """Keys and values of one target module in one layer."""
+
+    def __init__(self, config: Config, hidden_size: int, d_in: int, d_out: int):
+        super().__init__()
+        self.key_diagonal = nn.Parameter(torch.ones(d_in))
+        self.key_down = nn.Linear(d_in, config.key_rank, bias=False)
+        self.key_up = nn.Linear(config.key_rank, d_in, bias=False)
+        self.value_in = nn.Linear(3 * hidden_size, config.value_width, bias=False)
+        self.value_out = nn.Linear(config.value_width, d_out, bias=False)
+        self.gate = nn.Linear(3 * hidden_size, 1)
+        nn.init.zeros_(self.value_out.weight)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x_NTi: Tensor, context_NTc: Tensor, weights_N1T: Tensor) -> LowRank:
+        centred_NTi = x_NTi - weights_N1T @ x_NTi
+        key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
+        # The key's norm divides the value: a pass over the narrower of the two, and the same outer product.
+        norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
+        scale_NT1 = torch.sigmoid(self.gate(context_NTc)) * weights_N1T.sqrt().mT / norm_NT1
+        value_NTo = self.value_out(F.silu(self.value_in(context_NTc)))
+        return LowRank(key_NTi, value_NTo * scale_NT1.to(value_NTo.dtype))
+
+
+def _unit_rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)

@@ -1,0 +1,167 @@
+"""The hypernetwork: a generator, the learned bias block, and everything that says what they were made for.
+
+A checkpoint is a folder with `config.json`, `model.safetensors` and `README.md` (the model card). Its fingerprint is a
+digest of config and weights.
+"""
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from d2l import generators
+from d2l.base_model import BaseModel, Digests
+from d2l.chunking import ChunkBatch, ChunkingConfig
+from d2l.config import from_dict, load_json, save_json, to_dict
+from d2l.context_encoder import ContextEncoder, EncoderConfig
+from d2l.errors import UserError
+from d2l.factors import Factors, LowRank
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class HypernetworkConfig:
+    """All that is needed to rebuild a hypernetwork, except its weights."""
+
+    generator: str = "outer_product"
+    """File of `d2l.generators`."""
+    generator_config: dict[str, Any] = field(default_factory=dict)
+    """Fields of that file's `Config`; defaults where absent."""
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig("activations"))
+    target_modules: tuple[str, ...] = ("down_proj",)
+    """Linear modules that get an adapter in every layer the adapter covers."""
+    rank: int = 8
+    """Rank of one chunk's factors; `outer_product` ignores it, its rank being the tokens of the chunk."""
+    bias_rank: int = 4
+    """Rank of the bias block, added once per adapter; 0 for none."""
+    scale: float = 1.0
+    """delta = scale * (x A^T) B, whatever the total rank."""
+    chunking: ChunkingConfig = field(default_factory=ChunkingConfig)
+
+
+class Hypernetwork(nn.Module):
+    """Chunks of documents in, LoRA factors of each chunk out."""
+
+    def __init__(self, config: HypernetworkConfig, base: BaseModel):
+        super().__init__()
+        self.config = config
+        self.base_name = base.name
+        self.base_digests = base.digests
+        self._fingerprint = ""
+        self._encoder = [ContextEncoder(base, config.encoder, config.target_modules)]  # a list hides it from nn.Module
+        module = generators.load(config.generator)
+        if config.encoder.kind not in module.Generator.encoder_kinds:
+            kinds = ", ".join(module.Generator.encoder_kinds)
+            raise UserError(f"generator {config.generator} reads {kinds}, not {config.encoder.kind!r}")
+        sizes = {name: base.targets(name)[0] for name in config.target_modules}
+        self.modules_shapes = {name: (linear.in_features, linear.out_features) for name, linear in sizes.items()}
+        layers = self.encoder.depth if config.encoder.kind == "activations" else len(base.layers)
+        shapes = generators.Shapes(base.hidden_size, layers, self.modules_shapes)
+        generator_config = from_dict(module.Config, config.generator_config, f"generator {config.generator}")
+        self.generator = module.Generator(generator_config, shapes, config.encoder.kind, config.rank)
+        self.bias = nn.ParameterDict()
+        for name, (d_in, d_out) in self.modules_shapes.items() if config.bias_rank else ():
+            spread = 0.2 / (d_in * config.bias_rank) ** 0.5
+            self.bias[f"{name}_a"] = nn.Parameter(torch.randn(layers, config.bias_rank, d_in) * spread)
+            self.bias[f"{name}_b"] = nn.Parameter(torch.zeros(layers, config.bias_rank, d_out))
+
+    @property
+    def encoder(self) -> ContextEncoder:
+        """The context encoder, on the base model's weights."""
+        return self._encoder[0]
+
+    def bias_factors(self) -> Factors | None:
+        """The bias block, A [layers, bias_rank, d_in]; None where there is none."""
+        if not self.bias:
+            return None
+        return {name: LowRank(self.bias[f"{name}_a"], self.bias[f"{name}_b"]) for name in self.config.target_modules}
+
+    def forward(self, batch: ChunkBatch) -> Factors:
+        """Encode chunks and generate their factors, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
+        return self.generator(self.encoder(batch))
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name this hypernetwork: of the checkpoint it came from, else of its present weights."""
+        return self._fingerprint or _fingerprint(self.config, self.state_dict())
+
+    def save_pretrained(self, folder: str | Path, card: str = "", dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint folder; `config.json` comes last, so a folder that has it is whole.
+
+        Args:
+            folder: created if need be.
+            card: text of the model card; a line by default.
+            dtype: of the stored weights; theirs by default.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        tensors = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "README.md").write_text(card or f"# Hypernetwork for {self.base_name}\n")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": _fingerprint(self.config, tensors),
+            "base_model": self.base_name,
+            "base_digests": to_dict(self.base_digests),
+            "hypernetwork": to_dict(self.config),
+        }
+        save_json(config, folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: BaseModel) -> "Hypernetwork":
+        """Load a checkpoint for `base`, in the base model's dtype and on its device.
+
+        Raises:
+            UserError: not a checkpoint, damaged, or made for another base model.
+        """
+        folder = Path(folder)
+        values = load_json(folder / "config.json")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{folder}: format version {values.get('format_version')}, this code reads {FORMAT_VERSION}")
+        made_for = from_dict(Digests, values["base_digests"], f"{folder}/config.json: base_digests")
+        for warning in made_for.check(base.digests, f"hypernetwork {folder} (for {values['base_model']})"):
+            warnings.warn(warning, stacklevel=2)
+        config = from_dict(HypernetworkConfig, values["hypernetwork"], f"{folder}/config.json: hypernetwork")
+        with torch.device("meta"):
+            hypernetwork = cls(config, base)
+        tensors = load_tensors(folder / "model.safetensors")
+        if (found := _fingerprint(config, tensors)) != values["fingerprint"]:
+            raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
+        hypernetwork.load_state_dict({k: t.to(base.device, base.dtype) for k, t in tensors.items()}, assign=True)
+        hypernetwork._fingerprint = values["fingerprint"]
+        return hypernetwork.eval()
+
+
+def base_model_of(folder: str | Path) -> str:
+    """The name of the base model that a checkpoint was made for."""
+    return load_json(Path(folder) / "config.json")["base_model"]
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def _fingerprint(config: HypernetworkConfig, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

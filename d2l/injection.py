@@ -1,0 +1,119 @@
+"""Adapters on segments of a batch: each slice of the tokens of a forward pass gets an adapter of its own, or none.
+
+    with inject(base, factors, Rows((0, 1, 1, None))):
+        base.model.generate(...)
+
+`factors` hold A [layers, adapters, R, d_in] and B [layers, adapters, R, d_out] (see `factors.stack` for ragged ranks).
+The effect is added by forward hooks that live exactly as long as the context, exceptions included; contexts nest, and
+their updates add up. A and B are never copied per token or per row: runs of tokens that share an adapter are one
+matrix product, and equally long runs are one batched product.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from d2l.base_model import BaseModel
+from d2l.errors import UserError
+from d2l.factors import Factors
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One adapter per row of the batch, however many tokens the row has (prefill and decoding alike)."""
+
+    adapters: tuple[int | None, ...]
+
+    def segments(self, rows: int, tokens: int) -> "Segments":
+        """The same as segments of a [rows, tokens] batch."""
+        if rows != len(self.adapters):
+            raise UserError(f"the batch has {rows} rows, but adapters are given for {len(self.adapters)}")
+        return Segments(tuple(tokens * i for i in range(rows + 1)), self.adapters)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Slices of the batch's tokens, rows one after the other."""
+
+    offsets: tuple[int, ...]
+    """Cumulative lengths, from 0 to rows * tokens: one more than there are segments."""
+    adapters: tuple[int | None, ...]
+    """Adapter of each segment; None for none."""
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.adapters) + 1:
+            raise UserError(f"{len(self.adapters)} segments need {len(self.adapters) + 1} offsets, not {len(self.offsets)}")
+
+    def segments(self, rows: int, tokens: int) -> "Segments":
+        """Themselves, once they are seen to cover the batch."""
+        if self.offsets[-1] != rows * tokens:
+            raise UserError(f"segments cover {self.offsets[-1]} tokens, but the batch has {rows} x {tokens}")
+        return self
+
+
+Placement = Rows | Segments
+
+
+@contextmanager
+def inject(base: BaseModel, factors: Factors, placement: Placement, scale: float = 1.0) -> Iterator[None]:
+    """Add `scale * (x A^T) B` to the target modules' outputs while the context lasts.
+
+    Args:
+        base: its modules get the hooks.
+        factors: A [layers, adapters, R, d_in], B [layers, adapters, R, d_out]; they cover the first `layers` layers.
+        placement: which adapter each token gets.
+        scale: see `HypernetworkConfig.scale`.
+    """
+    with ExitStack() as stack:
+        for name, (a, b) in factors.items():
+            modules = base.targets(name)[: len(a)]
+            # Unbound once: indexing per layer would make autograd zero-fill the whole stack once per layer.
+            for module, a_l, b_l in zip(modules, a.unbind(), b.unbind(), strict=True):
+                handle = module.register_forward_hook(_hook(a_l, b_l, placement, scale))
+                stack.callback(handle.remove)
+        yield
+
+
+def _hook(a: Tensor, b: Tensor, placement: Placement, scale: float) -> Callable[..., Tensor]:
+    def add_delta(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        rows, tokens = (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1])
+        runs = _runs(placement.segments(rows, tokens))
+        return _add(output.reshape(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, runs, scale).view_as(output)
+
+    return add_delta
+
+
+Run = tuple[int, int, int | None]
+
+
+@lru_cache(maxsize=64)
+def _runs(segments: Segments) -> tuple[Run, ...]:
+    """(start, end, adapter) of maximal runs of segments that share an adapter; empty ones dropped."""
+    runs: list[Run] = []
+    for start, end, adapter in zip(segments.offsets, segments.offsets[1:], segments.adapters, strict=False):
+        if start == end:
+            continue
+        if runs and runs[-1][2] == adapter:
+            start = runs.pop()[0]
+        runs.append((start, end, adapter))
+    return tuple(runs)
+
+
+def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[Run], scale: float) -> Tensor:
+    """y [tokens, d_out] plus the deltas of x [tokens, d_in]."""
+    count = len(runs)
+    length = runs[0][1] - runs[0][0] if runs else 0
+    uniform = all(end - start == length for start, end, _ in runs)
+    if uniform and count == len(a) and all(adapter == i for i, (_, _, adapter) in enumerate(runs)):
+        hidden = torch.bmm(x.view(count, length, -1), a.mT)
+        return torch.baddbmm(y.view(count, length, -1), hidden, b, alpha=scale).flatten(0, 1)
+    parts = [
+        y[start:end] if adapter is None else torch.addmm(y[start:end], x[start:end] @ a[adapter].mT, b[adapter], alpha=scale)
+        for start, end, adapter in runs
+    ]
+    return torch.cat(parts) if count > 1 else parts[0]

@@ -1,0 +1,157 @@
+"""Documents to adapters: the one code path behind the facade, bulk conversion and serving.
+
+Chunks of many documents share encoder batches, filled to a token budget whatever the documents' sizes; documents come
+out as they are finished. A document's rows are compressed every few chunks, so memory depends on the budget and on
+`max_rank`, not on the document's length. A document's result does not depend on its neighbours, beyond rounding.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from d2l.adapter import Adapter, Provenance, check_rank
+from d2l.base_model import BaseModel
+from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
+from d2l.errors import UserError
+from d2l.factors import Factors, compress, concat_ranks, map_tensors, rank_of, split_documents
+from d2l.hypernetwork import Hypernetwork
+
+
+_WINDOW_BATCHES = 4
+"""Encoder batches' worth of chunks that are gathered and sorted by length before any is run."""
+
+
+@dataclass(frozen=True)
+class InternalizeConfig:
+    """How documents become adapters."""
+
+    max_rank: int = 128
+    """Rows of an adapter at most, bias included."""
+    batch_tokens: int = 4096
+    """Tokens of one encoder batch at most, padding and affixes included; a single chunk may exceed it."""
+    compress_rows: int = 1024
+    """A document's rows are compressed when this many have gathered."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with the name that errors about it use."""
+
+    text: str
+    name: str = "document"
+
+
+@dataclass
+class _Job:
+    """A document on its way."""
+
+    index: int
+    text: str
+    tokens: int
+    chunks: list[Sequence[int]]
+    done: int = 0
+    rows: Factors | None = None
+    error: float = 0.0
+
+
+class Internalizer:
+    """Turns documents into adapters with one hypernetwork."""
+
+    def __init__(self, base: BaseModel, hypernetwork: Hypernetwork, config: InternalizeConfig | None = None):
+        self.base = base
+        self.hypernetwork = hypernetwork
+        self.config = config or InternalizeConfig()
+        check_rank(self.config.max_rank, hypernetwork.config.bias_rank)
+        self._affixes = Affixes.of(base.tokenizer)
+        self._paths = {name: base.target_paths(name) for name in hypernetwork.config.target_modules}
+        self._fingerprint = hypernetwork.fingerprint()
+        bias = hypernetwork.bias_factors()
+        self._bias = map_tensors(bias, lambda t: t.detach().to(base.dtype)) if bias else None
+
+    def __call__(self, documents: Iterable[Document]) -> list[Adapter]:
+        """Adapters of all documents, in order.
+
+        Raises:
+            UserError: a document cannot be internalized.
+        """
+        adapters = {}
+        for index, result in self.stream(documents):
+            if isinstance(result, UserError):
+                raise result
+            adapters[index] = result
+        return [adapters[i] for i in range(len(adapters))]
+
+    @torch.no_grad()
+    def stream(self, documents: Iterable[Document]) -> Iterator[tuple[int, Adapter | UserError]]:
+        """Pairs (position in `documents`, adapter or why there is none) as they are finished.
+
+        Reads ahead in `documents` by a few encoder batches at most.
+        """
+        window: list[tuple[_Job, int]] = []
+        tokens = 0
+        for index, document in enumerate(documents):
+            try:
+                job = self._start(index, document)
+            except UserError as error:
+                yield index, error
+                continue
+            for number, chunk in enumerate(job.chunks):
+                window.append((job, number))
+                tokens += len(chunk)
+                if tokens >= _WINDOW_BATCHES * self.config.batch_tokens:
+                    yield from self._drain(window)
+                    window, tokens = [], 0
+        yield from self._drain(window)
+
+    def _start(self, index: int, document: Document) -> _Job:
+        chunking = self.hypernetwork.config.chunking
+        ids = document_ids(document.text, self.base.tokenizer, chunking, document.name)
+        return _Job(index, document.text, len(ids), split_evenly(ids, chunking))
+
+    def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
+        """Run all chunks of the window, longest first, in batches of the token budget.
+
+        A document's chunks never get longer towards its end and sorting is stable, so they stay in order.
+        """
+        affixes = len(self._affixes.prefix) + len(self._affixes.suffix)
+        ordered = sorted(window, key=lambda item: -len(item[0].chunks[item[1]]))
+        while ordered:
+            width = affixes + len(ordered[0][0].chunks[ordered[0][1]])
+            count = max(1, self.config.batch_tokens // width)
+            yield from self._run(ordered[:count])
+            ordered = ordered[count:]
+
+    def _run(self, waiting: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
+        chunks = [job.chunks[number] for job, number in waiting]
+        batch = batch_chunks(chunks, self._affixes, self.base.pad_id).to(self.base.device)
+        factors = self.hypernetwork(batch)
+        for (job, _), rows in zip(waiting, split_documents(factors, [1] * len(waiting)), strict=True):
+            job.rows = rows if job.rows is None else concat_ranks([job.rows, rows])
+            job.done += 1
+            finished = job.done == len(job.chunks)
+            if finished or rank_of(job.rows) >= self.config.compress_rows:
+                job.rows, error = compress(job.rows, self.config.max_rank - self.hypernetwork.config.bias_rank)
+                job.error += error
+            if finished:
+                yield job.index, self._finish(job)
+
+    def _finish(self, job: _Job) -> Adapter:
+        assert job.rows is not None
+        provenance = Provenance(
+            text_digest=hashlib.sha256(job.text.encode()).hexdigest(),
+            tokens=job.tokens,
+            chunks=len(job.chunks),
+            hypernetwork=self._fingerprint,
+            base_model=self.base.name,
+            base_digests=self.base.digests,
+            compression_error=job.error,
+        )
+        return Adapter(
+            concat_ranks([job.rows, self._bias]) if self._bias else job.rows,
+            self.hypernetwork.config.bias_rank,
+            self.hypernetwork.config.scale,
+            self._paths,
+            provenance,
+        )

@@ -1,0 +1,1 @@
+"""Generated tasks: documents with questions whose answers are known."""
