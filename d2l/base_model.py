@@ -139,9 +139,14 @@ class BaseModel:
         return sorted({*ids, self.tokenizer.eos_token_id} - {None})
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation in the chat template, up to where the assistant answers."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """See the function `prompt_ids`."""
+        return prompt_ids(self.tokenizer, messages)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation in the chat template, up to where the assistant answers."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def default_device() -> torch.device:

@@ -73,12 +73,16 @@ def check_text(text: str, what: str = "document") -> str:
     """Return `text` if it is one that can be internalized.
 
     Raises:
-        UserError: it is empty, only whitespace, or holds NUL bytes.
+        UserError: it is empty, only whitespace, holds NUL bytes, or lone surrogates.
     """
     if not text.strip():
         raise UserError(f"{what}: is empty or only whitespace; nothing to internalize")
     if "\0" in text:
         raise UserError(f"{what}: holds NUL bytes, so it is a binary file and not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: is not valid Unicode (lone surrogate at character {error.start})") from None
     return text
 
 
@@ -97,11 +101,20 @@ def read_text(path: str) -> str:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    return decode_text(data, path)
+
+
+def decode_text(data: bytes, what: str) -> str:
+    """The text of a file's bytes, as UTF-8 with or without a byte order mark.
+
+    Raises:
+        UserError: not UTF-8, binary, or empty.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to a text file first") from None
-    return check_text(text, path)
+        raise UserError(f"{what}: not UTF-8 text (byte {error.start}); convert it to a text file first") from None
+    return check_text(text, what)
 
 
 def document_ids(text: str, tokenizer: PreTrainedTokenizerBase, config: ChunkingConfig, what: str) -> list[int]:

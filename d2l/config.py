@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A nested dataclass as plain dicts, lists and scalars."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A nested dataclass as plain dicts, lists and scalars; paths as text."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:

@@ -116,8 +116,8 @@ class Hypernetwork(nn.Module):
         save_json(config, folder / "config.json")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base: BaseModel) -> "Hypernetwork":
-        """Load a checkpoint for `base`, in the base model's dtype and on its device.
+    def from_pretrained(cls, folder: str | Path, base: BaseModel, dtype: torch.dtype | None = None) -> "Hypernetwork":
+        """Load a checkpoint for `base`, on its device and by default in its dtype.
 
         Raises:
             UserError: not a checkpoint, damaged, or made for another base model.
@@ -135,7 +135,7 @@ class Hypernetwork(nn.Module):
         tensors = load_tensors(folder / "model.safetensors")
         if (found := _fingerprint(config, tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
-        hypernetwork.load_state_dict({k: t.to(base.device, base.dtype) for k, t in tensors.items()}, assign=True)
+        hypernetwork.load_state_dict({k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True)
         hypernetwork._fingerprint = values["fingerprint"]
         return hypernetwork.eval()
 

@@ -18,7 +18,6 @@ from d2l.errors import UserError
 from d2l.factors import Factors, compress, concat_ranks, map_tensors, rank_of, split_documents
 from d2l.hypernetwork import Hypernetwork
 
-
 _WINDOW_BATCHES = 4
 """Encoder batches' worth of chunks that are gathered and sorted by length before any is run."""
 
@@ -42,13 +41,18 @@ class Document:
     text: str
     name: str = "document"
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
 
 @dataclass
 class _Job:
     """A document on its way."""
 
     index: int
-    text: str
+    digest: str
     tokens: int
     chunks: list[Sequence[int]]
     done: int = 0
@@ -108,7 +112,7 @@ class Internalizer:
     def _start(self, index: int, document: Document) -> _Job:
         chunking = self.hypernetwork.config.chunking
         ids = document_ids(document.text, self.base.tokenizer, chunking, document.name)
-        return _Job(index, document.text, len(ids), split_evenly(ids, chunking))
+        return _Job(index, document.digest, len(ids), split_evenly(ids, chunking))
 
     def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
         """Run all chunks of the window, longest first, in batches of the token budget.
@@ -140,7 +144,7 @@ class Internalizer:
     def _finish(self, job: _Job) -> Adapter:
         assert job.rows is not None
         provenance = Provenance(
-            text_digest=hashlib.sha256(job.text.encode()).hexdigest(),
+            text_digest=job.digest,
             tokens=job.tokens,
             chunks=len(job.chunks),
             hypernetwork=self._fingerprint,

@@ -10,7 +10,7 @@ on its own, by the same weights, and gives that layer's rows. B is multiplied by
 untrained generator changes nothing. (Doc-to-LoRA, arXiv 2602.15902; Perceiver, arXiv 2103.03206.)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -48,9 +48,10 @@ class Config:
     """Whether each layer of the base model has residual MLPs of its own."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < (field.name not in ("row_mlps", "row_mlps_per_layer")):
-                raise UserError(f"perceiver: {field.name} is {getattr(self, field.name)}; give a positive number")
+        for name in ("width", "latents", "blocks", "heads", "kv_heads", "head_dim", "mlp_multiple", "row_mlps"):
+            least = 0 if name == "row_mlps" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"perceiver: {name} must be at least {least}, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise UserError(f"perceiver: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
 
@@ -88,9 +89,7 @@ class Generator(nn.Module):
         # Not F.normalize's 1e-12: its gradient at a zero row would overflow.
         rows_LNQw = F.normalize(rows_LNQw.float(), dim=-1, eps=1e-6).to(rows_LNQw.dtype)
         factors = {}
-        for rows_LNrw, (name, sizes) in zip(
-            rows_LNQw.split(self.rank, 2), self.modules_shapes.items(), strict=True
-        ):
+        for rows_LNrw, (name, sizes) in zip(rows_LNQw.split(self.rank, 2), self.modules_shapes.items(), strict=True):
             out = torch.bmm(rows_LNrw.flatten(1, 2), self.heads[name])
             a_LNri, b_LNro = out.unflatten(1, (-1, self.rank)).split(sizes, -1)
             factors[name] = LowRank(
@@ -103,7 +102,9 @@ class Generator(nn.Module):
         streams = (*features.streams, features.final) if self.per_layer else (features.final,)
         # The projection is the one wide thing here (4 d_model per token and stream): one stream at a time, and
         # computed again in the backward pass. What follows is narrow, and takes all streams as one batch.
-        context_STw = torch.cat([checkpoint(self.project, stream, use_reentrant=False) for stream in streams])
+        context_STw = torch.cat(
+            [checkpoint(self.project, stream, use_reentrant=False, preserve_rng_state=False) for stream in streams]
+        )
         mask_ST = features.mask.repeat(len(streams), 1)
         rows_SQw = self.decoder(self.encoder(context_STw, mask_ST))
         if self.per_layer:
@@ -147,24 +148,29 @@ class _Block(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    """Queries from the latents, keys and values from the context alone; grouped heads, no positions."""
+    """Queries from the latents, keys and values from the context alone; grouped heads, no positions.
+
+    Without positions, the J query heads that share a key-value head are just J times as many queries to it: keys and
+    values are never repeated, and any attention kernel will do.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.q_shape = (config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+        self.kv_shape = (config.kv_heads, config.head_dim)
         self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def forward(self, latents_NQw: Tensor, context_NTw: Tensor, mask_NT: Tensor | None) -> Tensor:
-        q_NHQd, k_NGTd, v_NGTd = (
-            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear, x in ((self.q, latents_NQw), (self.k, context_NTw), (self.v, context_NTw))
-        )
+        q_NQGJd = self.q(latents_NQw).unflatten(-1, self.q_shape)
+        q_NGJQd = q_NQGJd.permute(0, 2, 3, 1, 4)
+        k_NGTd, v_NGTd = (f(context_NTw).unflatten(-1, self.kv_shape).transpose(1, 2) for f in (self.k, self.v))
         mask_N11T = None if mask_NT is None else mask_NT[:, None, None]
-        read_NHQd = F.scaled_dot_product_attention(q_NHQd, k_NGTd, v_NGTd, mask_N11T, enable_gqa=True)
-        return self.o(read_NHQd.transpose(1, 2).flatten(2))
+        read_NGPd = F.scaled_dot_product_attention(q_NGJQd.flatten(2, 3), k_NGTd, v_NGTd, mask_N11T)
+        read_NGJQd = read_NGPd.unflatten(2, q_NGJQd.shape[2:4])
+        return self.o(read_NGJQd.permute(0, 3, 1, 2, 4).flatten(2))
 
 
 class _GatedMLP(nn.Module):

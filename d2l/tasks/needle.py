@@ -16,6 +16,7 @@ from d2l.errors import UserError
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DIGITS = 4
+_CHARACTERS_PER_TOKEN = 4
 _INSTRUCTION = "Reply with only the number."
 _COLORS = "amber azure black bronze coral crimson golden green indigo ivory olive pearl ruby silver violet white".split()
 _NOUNS = "anchor basin candle canyon falcon forest garden harbor island lantern meadow mirror orchard river tower valley".split()
@@ -96,13 +97,12 @@ def _haystack(tokenizer: PreTrainedTokenizerBase, tokens: int, rng: random.Rando
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     ids: list[int] = []
-    if prose:
-        while len(ids) < tokens:
-            text = prose[rng.randrange(len(prose))]
-            found = encode(text)
-            start = rng.randrange(max(1, len(found) - (tokens - len(ids))))
-            ids += found[start:]
-    else:
+    while prose and len(ids) < tokens:
+        text = prose[rng.randrange(len(prose))]
+        start = rng.randrange(max(1, len(text) - _CHARACTERS_PER_TOKEN * tokens))
+        start = max(0, text.find(". ", start) + 1)  # the end of a sentence, or the start of the text
+        ids += encode(text[start : start + 2 * _CHARACTERS_PER_TOKEN * tokens])
+    if not prose:
         block = encode(" " + FILLER)
         start = rng.randrange(len(block))  # so that needles meet chunk borders and positions of every kind
         ids = (block * (tokens // len(block) + 2))[start:]

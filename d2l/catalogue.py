@@ -1,0 +1,218 @@
+"""The catalogue: a Delta table at `{root}/catalogue` that says which adapter is current for which document.
+
+It is append-only: conversion and serving append events, and appends do not conflict. What is current follows from the
+events alone: a document's last `ready` or `deleted` by (created_at, adapter_id), in whatever order they arrive.
+
+A reader keeps in memory what can still be asked for: for each document the adapters that no `deleted` follows, about a
+kilobyte each; everything else (failures, embeddings, what was deleted) is read from the table on request. Tailing reads
+only data files that are new since the last `refresh`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from d2l.errors import UserError
+from d2l.storage import Storage, one_line, reported
+from d2l.store import check_doc_id, check_tenant
+
+_NAME = "catalogue"
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("tenant", "doc_id", "version", "event", "adapter_id", "stage", "reason")),
+        *((name, pa.int64()) for name in ("tokens", "chunks", "rank", "bytes")),
+        *((name, pa.string()) for name in ("hypernetwork", "base")),
+        ("embedding", pa.list_(pa.float32())),
+        ("source_uri", pa.string()),
+        ("created_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+_INDEXED = [name for name in _SCHEMA.names if name != "embedding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a document: a row of the table."""
+
+    tenant: str
+    """Whose document it is."""
+    doc_id: str
+    """The document, in its tenant."""
+    version: str
+    """First 12 hex digits of the text's digest; empty where no text was read."""
+    event: Literal["ready", "failed", "deleted"]
+    """`ready`: the adapter is in the store. `failed`: this version has none. `deleted`: the document is gone."""
+    adapter_id: str = ""
+    """The adapter in the store; empty where there is none."""
+    stage: str = ""
+    """Of a failure: where (`read`, `internalize`, `upload` ...)."""
+    reason: str = ""
+    """Of a failure: why."""
+    tokens: int = 0
+    """Tokens of the document."""
+    chunks: int = 0
+    """Chunks it was read in."""
+    rank: int = 0
+    """Rank of the adapter."""
+    bytes: int = 0
+    """Bytes of the adapter's files."""
+    hypernetwork: str = ""
+    """Fingerprint of the hypernetwork."""
+    base: str = ""
+    """Public name of the base model."""
+    embedding: list[float] | None = None
+    """What the document is about, for routing by meaning; in the table only, not in what a reader keeps."""
+    source_uri: str = ""
+    """Where the document came from."""
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    """When it happened."""
+
+    @property
+    def order(self) -> tuple[datetime, str]:
+        """What decides which of a document's events is the last."""
+        return self.created_at, self.adapter_id
+
+
+@dataclass(slots=True)
+class _Document:
+    """What is left of a document's events."""
+
+    ready: dict[str, Event] = field(default_factory=dict)
+    """Version -> its last adapter, where no `deleted` follows."""
+    deleted: tuple[datetime, str] | None = None
+    """Order of the last `deleted`."""
+
+    def apply(self, event: Event) -> None:
+        if event.event == "deleted":
+            self.deleted = max(self.deleted or event.order, event.order)
+            self.ready = {v: e for v, e in self.ready.items() if e.order > self.deleted}
+        elif not self.deleted or event.order > self.deleted:
+            last = max(self.ready.get(event.version, event), event, key=lambda e: e.order)
+            self.ready = self.ready | {event.version: last}  # replaced, not changed: other threads may be reading
+
+    def current(self) -> Event | None:
+        return max(self.ready.values(), key=lambda e: e.order, default=None)
+
+
+class Catalogue:
+    """A reader and writer of one catalogue. Sees what others appended after `refresh`, and its own appends at once.
+
+    Other threads may ask while one refreshes or appends.
+    """
+
+    def __init__(self, root: str | Path):
+        """Open the catalogue under `root` and read it; the table is made by the first append.
+
+        Raises:
+            UserError: the storage fails, or there is something else in the table's place.
+        """
+        self.storage = Storage(root)
+        self._table: DeltaTable | None = None
+        self._documents: dict[tuple[str, str], _Document] = {}
+        self._files: set[str] = set()
+        self.refresh()
+
+    @property
+    def version(self) -> int:
+        """Version of the table as last seen; -1 before there is one."""
+        return -1 if self._table is None else self._table.version()
+
+    def append(self, events: Sequence[Event]) -> int:
+        """Append events in one commit.
+
+        Returns:
+            The table's version with them; no commit is made of no events.
+
+        Raises:
+            UserError: an event has no valid tenant, or no valid document but is no failure; or the storage fails.
+        """
+        if not events:
+            return self.version
+        for event in events:
+            check_tenant(event.tenant)
+            if event.event != "failed":  # a bad id is a reason to fail
+                check_doc_id(event.doc_id)
+        rows = pa.Table.from_pylist([dataclasses.asdict(event) for event in events], _SCHEMA)
+        with self._reported():
+            self._table = self._table or self._open() or self._create()
+            assert self._table is not None
+            write_deltalake(self._table, rows, mode="append")
+        self.refresh()
+        return self.version
+
+    def refresh(self) -> None:
+        """See what was appended since, by whomever."""
+        with self._reported():
+            if self._table is None:
+                self._table = self._open()
+            else:
+                self._table.update_incremental()
+            if self._table is None:
+                return
+            files = set(pa.table(self._table.get_add_actions())["path"].to_pylist())
+            if new := sorted(files - self._files):
+                for event in self._read(new, _INDEXED):
+                    self._apply(event)
+            self._files = files
+
+    def current(self, tenant: str | None = None) -> Iterator[Event]:
+        """The current adapter of every document that has one, of all tenants or of one."""
+        for (owner, _), document in list(self._documents.items()):
+            if tenant in (None, owner) and (event := document.current()):
+                yield event
+
+    def resolve(self, tenant: str, doc_id: str, version: str | None = None) -> Event | None:
+        """The document's current adapter, or that of a given version; None where there is none or it was deleted."""
+        document = self._documents.get((tenant, doc_id))
+        if document is None:
+            return None
+        return document.current() if version is None else document.ready.get(version)
+
+    def history(self, tenant: str, doc_id: str) -> list[Event]:
+        """All events of a document, oldest first, failures and embeddings included; read from the table."""
+        wanted = (pads.field("tenant") == tenant) & (pads.field("doc_id") == doc_id)
+        with self._reported():
+            events = self._read(sorted(self._files), _SCHEMA.names, wanted) if self._files else iter(())
+            return sorted(events, key=lambda event: event.order)
+
+    def _read(self, files: list[str], columns: list[str], wanted: pads.Expression | None = None) -> Iterator[Event]:
+        paths = [self.storage.path(f"{_NAME}/{file}") for file in files]
+        dataset = pads.dataset(paths, _SCHEMA, format="parquet", filesystem=self.storage.arrow_filesystem)
+        for batch in dataset.to_batches(columns=columns, filter=wanted):
+            for row in batch.to_pylist():
+                yield Event(**row)
+
+    def _apply(self, event: Event) -> None:
+        if event.event != "failed":
+            self._documents.setdefault((event.tenant, event.doc_id), _Document()).apply(event)
+
+    def _open(self) -> DeltaTable | None:
+        try:
+            return DeltaTable(self.storage.url(_NAME), storage_options=self.storage.delta_options())
+        except TableNotFoundError:
+            return None
+
+    def _create(self) -> DeltaTable | None:
+        try:
+            uri, options = self.storage.url(_NAME), self.storage.delta_options()
+            return DeltaTable.create(uri, _SCHEMA, mode="ignore", storage_options=options)
+        except CommitFailedError:  # another writer was faster
+            return self._open()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        where = self.storage.url(_NAME)
+        try:
+            with reported(where):
+                yield
+        except (DeltaError, FileNotFoundError) as error:
+            raise UserError(f"{where}: the catalogue cannot be used ({one_line(error)})") from error

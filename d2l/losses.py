@@ -1,0 +1,52 @@
+"""Losses of meta-training: on tokens, averaged the paper's way, and on the generated factors.
+
+Doc-to-LoRA (arXiv 2602.15902): the adapted model without the document imitates the base model with it, on the teacher's
+top-16 log-probabilities, or learns given answers; mean over an answer's tokens, then over a document's questions, then
+over documents; plus an L1 penalty on the generated factors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2l.factors import Factors
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each token, [tokens] float32, from logits [tokens, vocabulary] and labels [tokens]."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def distillation(logits: Tensor, teacher_log_probs: Tensor, teacher_ids: Tensor) -> Tensor:
+    """Cross-entropy of each token against the teacher's k likeliest tokens.
+
+    Args:
+        logits: the student's, [tokens, vocabulary].
+        teacher_log_probs: [tokens, k], not renormalised over the k.
+        teacher_ids: the vocabulary entries they belong to, [tokens, k] int64.
+
+    Returns:
+        [tokens] float32: -sum_k p_k log q_k.
+    """
+    student = logits.float().log_softmax(-1).gather(-1, teacher_ids)
+    return -(teacher_log_probs.float().exp() * student).sum(-1)
+
+
+def mean_by_document(token_losses: Tensor, answer_lengths: Sequence[int], questions: Sequence[int]) -> Tensor:
+    """Mean over each answer's tokens, then over each document's questions, then over documents.
+
+    Args:
+        token_losses: [tokens], answers one after the other.
+        answer_lengths: tokens of each answer, documents one after the other.
+        questions: how many answers each document has.
+    """
+    answers = torch.stack([part.mean() for part in token_losses.split(list(answer_lengths))])
+    return torch.stack([part.mean() for part in answers.split(list(questions))]).mean()
+
+
+def l1(factors: Factors) -> Tensor:
+    """Mean absolute value of all generated numbers."""
+    tensors = [t for pair in factors.values() for t in pair]
+    return torch.stack([t.float().abs().sum() for t in tensors]).sum() / sum(t.numel() for t in tensors)

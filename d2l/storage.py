@@ -1,0 +1,143 @@
+"""Storage: how a root is reached, be it a folder, `file:///data`, `s3://bucket/path`, `gs://...` or `abfss://...`.
+
+Three libraries reach it: fsspec (adapters, documents), pyarrow (parquet files, through fsspec) and deltalake (the
+catalogue). Credentials are left to each library's own chain (environment, profile, instance role), so no secret passes
+through here; of the usual AWS variables only the endpoint and the region need telling to all.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+from botocore.exceptions import BotoCoreError
+
+from d2l.errors import UserError
+
+
+class Storage:
+    """A root, local or remote, and the files under it."""
+
+    def __init__(self, root: str | Path):
+        """Open `root`; nothing is created or contacted.
+
+        Raises:
+            UserError: no file system of that kind, or its package is missing.
+        """
+        self.root = str(root).rstrip("/") or "/"
+        if self.is_local:
+            self.root = str(Path(self.root.removeprefix("file://")).expanduser().absolute())
+        try:
+            self.filesystem, self._path = fsspec.core.url_to_fs(self.root, **self.fsspec_options())
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{root}: no such storage ({error}); give a folder, s3://, gs:// or abfss://") from error
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return "://" not in self.root or self.root.startswith("file://")
+
+    @property
+    def arrow_filesystem(self) -> pyarrow.fs.FileSystem:
+        """The same file system for pyarrow."""
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.filesystem))
+
+    def path(self, name: str = "") -> str:
+        """Where `name` lies, as the file system names it."""
+        return f"{self._path.rstrip('/')}/{name}" if name else self._path
+
+    def url(self, name: str = "") -> str:
+        """Where `name` lies, as everybody else names it."""
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+    def fsspec_options(self) -> dict[str, Any]:
+        """Options for the root's fsspec file system."""
+        if not self.root.startswith("s3://"):
+            return {}
+        # Listings are never cached: other writers are at work. S3 servers of one's own seldom have a name per bucket.
+        s3 = {"s3": {"addressing_style": "path"}} if _endpoint() else {}
+        return {"use_listings_cache": False, "endpoint_url": _endpoint(), "config_kwargs": s3}
+
+    def delta_options(self) -> dict[str, str]:
+        """Options for a deltalake table under the root."""
+        endpoint = _endpoint()
+        if not self.root.startswith("s3://") or not endpoint:
+            return {}
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        plain_http = str(endpoint.startswith("http://"))
+        return {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": plain_http, "AWS_REGION": region}
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or folder `name`."""
+        with reported(self.url(name)):
+            return self.filesystem.exists(self.path(name))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of file `name`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it cannot be read.
+        """
+        with reported(self.url(name)):
+            return self.filesystem.cat_file(self.path(name))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write file `name`, whole or not at all, unless there is one; of several writers the first wins.
+
+        Returns:
+            Whether the file was written.
+
+        Raises:
+            UserError: it cannot be written: no space, no permission, no connection.
+        """
+        try:
+            with reported(self.url(name)):
+                if self.is_local:
+                    _create_local(Path(self.path(name)), data)
+                else:
+                    self.filesystem.pipe_file(self.path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:
+            reason = f"cannot be written ({one_line(error)}); create its bucket or folder first"
+            raise UserError(f"{self.url(name)}: {reason}") from error
+        return True
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Turn a failing file system into a UserError about `what`; FileNotFoundError and FileExistsError pass."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except (OSError, BotoCoreError) as error:
+        raise UserError(f"{what}: storage failed ({one_line(error)}); check space, permissions and endpoint") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one plain line: some libraries send paragraphs and colours."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+        Path(partial).chmod(0o644)
+        os.link(partial, path)  # unlike a rename, a link refuses to replace what another writer put there
+    finally:
+        os.unlink(partial)

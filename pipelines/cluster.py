@@ -1,0 +1,22 @@
+"""The Ray cluster a job runs on: the one it is told of, else this machine."""
+
+import logging
+import os
+
+import ray
+import ray.data
+
+
+def connect() -> None:
+    """Connect to `$RAY_ADDRESS`, or start Ray on this machine; does nothing when connected already."""
+    if not ray.is_initialized():
+        local = not os.environ.get("RAY_ADDRESS")
+        # The dashboard stays on: without one, Ray Train's clean-up asks whichever other cluster runs on this machine
+        # whether its own controller lives, is told no, and removes the workers. Ray Data's pipelines of several stages need
+        # several slots to make progress, whatever the machine's cores.
+        slots = {"num_cpus": max(8, os.cpu_count() or 1)} if local else {}
+        if local:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # the job is what this machine is for
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **slots)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False

@@ -1,0 +1,286 @@
+"""Sources: what `d2l convert DOCS` names, read by Ray Data as rows {doc_id, text, source_uri, stage, reason}.
+
+A source is a folder (searched through), a glob or a file, local or remote: text and Markdown, a document a file, named
+by its path under the folder; JSONL and Parquet, a document a row, named by a column. What cannot be read becomes a row
+with the stage and reason of its failure, so every document is accounted for and one bad one stops nothing.
+
+Where an id is given twice, the first by file and row is the document and the others are failures: for that, the ids of
+tables are read ahead of their texts. Driver memory grows with the number of documents: their ids and files' names.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet
+import ray.data
+from fsspec.core import has_magic
+
+from d2l.chunking import check_text, decode_text
+from d2l.errors import UserError
+from d2l.storage import Storage, one_line, reported
+from d2l.store import check_doc_id
+
+EXTRACTOR = "text"
+"""Name, for adapter ids, of what turns a document's bytes into its text: decoding, and nothing else."""
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+"""File suffixes that are read, and how."""
+_PART_FILES = 64
+_PART_BYTES = 32 << 20
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """How documents are found in their files."""
+
+    id_column: str = "id"
+    """Column of JSONL and Parquet files that names the document."""
+    text_column: str = "text"
+    """Column of JSONL and Parquet files that holds its text."""
+    max_bytes: int = 16 << 20
+    """Longer text files, and longer lines of JSONL files, are refused unread."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one reading task reads."""
+
+    kind: str
+    """`text`, `jsonl` or `parquet`."""
+    root: str
+    """Folder or URL that the names are relative to."""
+    names: tuple[str, ...]
+    """Files."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What was found."""
+
+    parts: list[Part]
+    """What to read."""
+    failures: list[Row]
+    """Documents that fail unread: bad names, sizes, ids given twice."""
+    winners: dict[str, str]
+    """Id given twice in tables -> source_uri of the one that counts."""
+    documents: int
+    """Documents in all, failures included; damaged tables and lines without id are counted as they are met."""
+    ignored: int
+    """Files of other kinds in the folders."""
+
+
+def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
+    """Find all documents of `sources`; needs Ray where there are tables.
+
+    Raises:
+        UserError: a source does not exist, or is a file of an unknown kind.
+    """
+    parts: list[Part] = []
+    failures: list[Row] = []
+    first: dict[str, str] = {}
+    seen: set[str] = set()
+    ignored = 0
+    for source in sources:
+        root, files = _find(source)
+        storage = Storage(root)
+        texts: list[str] = []
+        size = 0
+        for name, length in sorted(files.items()):
+            url = storage.url(name)
+            kind = KINDS.get(PurePosixPath(name).suffix.lower())
+            if url in seen or kind is None:
+                ignored += kind is None
+                continue
+            seen.add(url)
+            if kind != "text":
+                parts.append(Part(kind, root, (name,)))
+            elif reason := _unfit(name, length, url, first, config):
+                failures.append(failure(name, url, "list", reason))
+            else:
+                first[name] = url
+                texts.append(name)
+                size += length
+                if len(texts) == _PART_FILES or size >= _PART_BYTES:
+                    parts.append(Part("text", root, tuple(texts)))
+                    texts, size = [], 0
+        if texts:
+            parts.append(Part("text", root, tuple(texts)))
+    rows, winners = _read_ids([part for part in parts if part.kind != "text"], first, config)
+    return Listing(parts, failures, winners, len(first) + len(failures) + rows, ignored)
+
+
+def read_documents(listing: Listing, config: SourceConfig) -> ray.data.Dataset:
+    """The documents of a listing's parts, as rows; a part is read by one task, and streams."""
+    return _dataset(listing.parts).flat_map(read_part, fn_args=(config, listing.winners))
+
+
+def read_part(part: Row, config: SourceConfig, winners: dict[str, str]) -> Iterator[Row]:
+    """The rows of one part."""
+    storage = Storage(part["root"])
+    if part["kind"] == "text":
+        yield from _read_texts(storage, list(part["names"]), config)
+        return
+    name = part["names"][0]
+    for number, record in _records(storage, name, part["kind"], [config.id_column, config.text_column], config):
+        uri = f"{storage.url(name)}#{number}"
+        doc_id = f"{name}#{number}"
+        try:
+            if isinstance(record, UserError):
+                raise record
+            doc_id = _doc_id(record, config)
+            if winners.get(doc_id, uri) != uri:
+                raise UserError(f"the id is given more than once; {winners[doc_id]} counts")
+            text = record.get(config.text_column)
+            if not isinstance(text, str):
+                raise UserError(f"column {config.text_column!r} holds {type(text).__name__}, expected text")
+            yield _row(doc_id, check_text(text, doc_id), uri)
+        except UserError as error:
+            yield failure(doc_id, uri, "read", str(error))
+
+
+def failure(doc_id: str, source_uri: str, stage: str, reason: str) -> Row:
+    """The row of a document that is given up; ids that Arrow cannot hold are escaped."""
+    return _row(_storable(doc_id), "", _storable(source_uri)) | {"stage": stage, "reason": _storable(reason)}
+
+
+def _row(doc_id: str, text: str, source_uri: str) -> Row:
+    return {"doc_id": doc_id, "text": text, "source_uri": source_uri, "stage": "", "reason": ""}
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _find(source: str) -> tuple[str, dict[str, int]]:
+    """Root of a source, and its files' names below it with their sizes."""
+    storage = Storage(source)
+    filesystem, path = storage.filesystem, storage.path()
+    with reported(source):
+        if filesystem.isdir(path):
+            root, found = storage.root, filesystem.find(path, detail=True)
+        elif filesystem.isfile(path):
+            root, found = _parent(storage.root), {path: filesystem.info(path)}
+            if PurePosixPath(path).suffix.lower() not in KINDS:
+                raise UserError(f"{source}: unknown kind of file; give {', '.join(KINDS)}, or a folder of them")
+        elif has_magic(path):
+            found = {p: i for p, i in filesystem.glob(path, detail=True).items() if i["type"] == "file"}
+            root = storage.root
+            while has_magic(root):
+                root = _parent(root)
+        else:
+            found = {}
+    if not found:
+        raise UserError(f"{source}: no such file, or an empty folder")
+    prefix = Storage(root).path().rstrip("/") + "/"
+    return root, {p.removeprefix(prefix): int(info.get("size") or 0) for p, info in found.items()}
+
+
+def _parent(root: str) -> str:
+    return root.rstrip("/").rpartition("/")[0] or "/"
+
+
+def _unfit(name: str, size: int, url: str, first: dict[str, str], config: SourceConfig) -> str:
+    """Why a text file is not even read; empty if it is."""
+    try:
+        check_doc_id(name)
+    except UserError as error:
+        return str(error)
+    if name in first:
+        return f"the id is given more than once; {first[name]} counts"
+    return f"has {size:,} bytes, more than max_bytes = {config.max_bytes:,}" if size > config.max_bytes else ""
+
+
+def _read_ids(tables: list[Part], first: dict[str, str], config: SourceConfig) -> tuple[int, dict[str, str]]:
+    """Number of rows in tables, and which row counts of each id that is given twice; files count before rows."""
+    rows = 0
+    place: dict[str, tuple[str, int]] = {}
+    twice: set[str] = set()
+    for row in _dataset(tables).flat_map(_read_row_ids, fn_args=(config,)).iter_rows() if tables else ():
+        rows += 1
+        doc_id, found = row["doc_id"], (row["url"], row["row"])
+        if doc_id in place or doc_id in first:
+            twice.add(doc_id)
+        place[doc_id] = min(place.get(doc_id, found), found)
+    return rows, {doc_id: first.get(doc_id) or "{}#{}".format(*place[doc_id]) for doc_id in twice}
+
+
+def _dataset(parts: list[Part]) -> ray.data.Dataset:
+    return ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
+
+
+def _read_row_ids(part: Row, config: SourceConfig) -> Iterator[Row]:
+    storage, name = Storage(part["root"]), part["names"][0]
+    for number, record in _records(storage, name, part["kind"], [config.id_column], config):
+        try:
+            if not isinstance(record, UserError):
+                yield {"doc_id": _doc_id(record, config), "url": storage.url(name), "row": number}
+        except UserError:  # it is a failure when its text is read
+            continue
+
+
+def _doc_id(record: Row, config: SourceConfig) -> str:
+    doc_id = record.get(config.id_column)
+    if not isinstance(doc_id, str | int):
+        raise UserError(f"column {config.id_column!r} holds {type(doc_id).__name__}, expected text or a whole number")
+    return check_doc_id(str(doc_id))
+
+
+def _read_texts(storage: Storage, names: list[str], config: SourceConfig) -> Iterator[Row]:
+    blobs = storage.filesystem.cat_ranges([storage.path(name) for name in names], None, None, on_error="return")
+    for name, blob in zip(names, blobs, strict=True):
+        try:
+            if isinstance(blob, Exception):
+                raise UserError(f"{name}: cannot be read ({one_line(blob)})")
+            yield _row(name, decode_text(blob, name), storage.url(name))
+        except UserError as error:
+            yield failure(name, storage.url(name), "read", str(error))
+
+
+def _records(
+    storage: Storage, name: str, kind: str, columns: list[str], config: SourceConfig
+) -> Iterator[tuple[int, Row | UserError]]:
+    """Rows of a table, numbered from 1, with why one cannot be read; number 0 is the table as a whole."""
+    try:
+        with reported(name), storage.filesystem.open(storage.path(name), "rb") as stream:
+            yield from _parquet_rows(stream, columns) if kind == "parquet" else _jsonl_rows(stream, config.max_bytes)
+    except (UserError, FileNotFoundError, pa.ArrowException) as error:
+        yield 0, UserError(f"{name}: cannot be read ({one_line(error)})")
+
+
+def _parquet_rows(stream: BinaryIO, columns: list[str]) -> Iterator[tuple[int, Row | UserError]]:
+    table = pyarrow.parquet.ParquetFile(stream)
+    if missing := sorted(set(columns) - set(table.schema_arrow.names)):
+        known = ", ".join(table.schema_arrow.names)
+        raise UserError(f"no column {', '.join(missing)}; it has {known}: see --id-column and --text-column")
+    batches = table.iter_batches(batch_size=256, columns=columns)
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+
+
+def _jsonl_rows(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, Row | UserError]]:
+    for number, line in enumerate(_lines(stream, max_bytes), 1):
+        if len(line) > max_bytes:
+            yield number, UserError(f"line {number} has more than max_bytes = {max_bytes:,}")
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+        except (ValueError, RecursionError) as error:  # not UTF-8, or no JSON
+            yield number, UserError(f"line {number} is no JSON ({error})")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        elif line.strip():
+            yield number, UserError(f"line {number} is no JSON object")
+
+
+def _lines(stream: BinaryIO, max_bytes: int) -> Iterator[bytes]:
+    """Lines; of one that is too long, only so much that it shows."""
+    while line := stream.readline(max_bytes + 1):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(1 << 20)
+        yield line

@@ -1,0 +1,135 @@
+"""`d2l train`: meta-train a hypernetwork. Ray Data makes batches, Ray Train's workers learn, MLflow keeps the record.
+
+The run's folder holds Ray Train's checkpoints (`checkpoints/`), the trained hypernetwork (`hypernetwork/`) and a plot of
+the curves. The same command continues a run that was stopped, in the same MLflow run.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from d2l.base_model import load_base_model
+from d2l.config import load_json, save_json
+from d2l.errors import UserError
+from d2l.hypernetwork import Hypernetwork
+from pipelines import cluster, tracking
+from pipelines.recipes import Recipe
+from pipelines.tracking import TrackingConfig
+from pipelines.training_data import needle_dataset
+from pipelines.training_loop import PROGRESS_FILE, train_worker
+
+_WORKER_ENVIRONMENT = {
+    # Activations are hundreds of megabytes: without these, glibc maps and unmaps them anew every step.
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 30),
+    # A thread that spins at a barrier steals the core that its partner waits for.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    recipe: Recipe
+    """What is trained, on what, and how."""
+    output: Path = Path("runs/needle")
+    """Folder of the run: checkpoints, the trained hypernetwork, plots."""
+    init_from: str | None = None
+    """Start from this hypernetwork checkpoint (a folder) instead of from scratch."""
+    workers: int = 1
+    """Data-parallel workers; each takes its own batch every step."""
+    gpus_per_worker: float = 0
+    """GPUs of one worker."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many to keep."""
+    max_failures: int = 3
+    """How often a failed worker is replaced before the run gives up."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run or continue a training; returns steps, seconds, the last metrics, and where the hypernetwork lies.
+
+    Raises:
+        UserError: bad options, unknown base model or checkpoint, or a diverged run.
+    """
+    recipe = config.recipe
+    if not recipe.stages or recipe.steps < 1:
+        raise UserError("the recipe has no steps; give it a stage")
+    if recipe.prose is None and any(stage.prose for stage in recipe.stages):
+        recipe = replace(recipe, stages=tuple(replace(stage, prose=0.0) for stage in recipe.stages))
+    output = config.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    base = load_base_model(recipe.base, "cpu")
+    init_from = str(Path(config.init_from).absolute()) if config.init_from else None
+    if init_from:
+        recipe = replace(recipe, hypernetwork=Hypernetwork.from_pretrained(init_from, base).config)
+    run_file = output / "run.json"
+    run_id = load_json(run_file)["run_id"] if run_file.exists() else ""
+    uri = config.tracking.uri.replace("sqlite:///", f"sqlite:///{Path.cwd()}/") if _is_relative(config.tracking.uri) else None
+    settings = replace(config.tracking, uri=uri or config.tracking.uri)
+    run_id = tracking.open_run(settings, output.name, replace(config, recipe=recipe), run_id)
+    save_json({"run_id": run_id, "tracking_uri": settings.uri}, run_file)
+
+    cluster.connect()
+    began = time.perf_counter()
+    with tracking.closing(settings, run_id) as client:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "recipe": recipe,
+                "init_from": init_from,
+                "checkpoint_every": config.checkpoint_every,
+                "tracking": replace(settings, run_id=run_id),
+            },
+            datasets={"train": needle_dataset(recipe, recipe.hypernetwork.chunking, config.workers, _last_step(output))},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=config.gpus_per_worker > 0,
+                resources_per_worker={"CPU": 1, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name="checkpoints",
+                storage_path=str(output),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+                worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            ),
+        )
+        result = trainer.fit()
+        if result.checkpoint is None:
+            raise UserError(f"{output}: the run ended without a checkpoint; see the messages above")
+        with result.checkpoint.as_directory() as folder:
+            hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
+        hypernetwork.save_pretrained(output / "hypernetwork", dtype=base.dtype)
+        client.log_artifacts(run_id, str(output / "hypernetwork"), "hypernetwork")
+        tracking.plot_curves(client, run_id, output / "curves.png")
+    metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, int | float)}
+    return {
+        "steps": recipe.steps,
+        "seconds": round(time.perf_counter() - began, 1),
+        "metrics": metrics,
+        "hypernetwork": str(output / "hypernetwork"),
+        "mlflow_run": run_id,
+    }
+
+
+def _is_relative(uri: str) -> bool:
+    return uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
+
+
+def _last_step(output: Path) -> int:
+    """The step of the newest checkpoint, which the workers will continue from."""
+    found = sorted(output.glob(f"checkpoints/step-*/{PROGRESS_FILE}"))
+    return load_json(found[-1])["step"] if found else 0

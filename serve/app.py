@@ -1,0 +1,157 @@
+"""`d2l serve`: configuration, deployment graph, start and stop.
+
+    client -> Serve's HTTP proxy -> Gateway -> Engine (replicas)
+
+Every queue is bounded. The engines' is the first to fill, so that overload is answered by the gateway: 429, in OpenAI's
+format, with Retry-After.
+"""
+
+import os
+import re
+import signal
+import socket
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from d2l.base_model import resolve
+from d2l.catalogue import Catalogue
+from d2l.errors import UserError
+from d2l.storage import Storage
+from serve.batcher import BatcherConfig
+from serve.engine import Engine
+from serve.errors import RETRY_AFTER_S
+from serve.gateway import Gateway
+
+APP_NAME = "d2l"
+"""Name of the Serve application."""
+
+_OVERLOAD = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What is served, where, and with which resources."""
+
+    store: str
+    """Root of the adapter store: a folder, or an s3:// URL."""
+    base: str = "smollm2-135m"
+    """Base model: a bundled name, a folder, an s3:// folder, or a hub id."""
+    alias: str = "smollm2-135m"
+    """Name that the base model is served under; documents are `alias:doc_id`."""
+    host: str = "127.0.0.1"
+    """Address to listen at."""
+    port: int = 8000
+    """Port to listen at."""
+    replicas: int = 1
+    """Engines, each with the base model."""
+    gpus_per_replica: float = 0
+    """GPUs of each engine; a fraction shares one."""
+    cpus_per_replica: float = 1
+    """CPU cores of each engine, and so its threads."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base model; auto is what the device is fast at."""
+    max_batch_size: int = 16
+    """Requests that an engine decodes together at most."""
+    max_queued_requests: int = 64
+    """Requests that wait for an engine at most; more are answered with 429."""
+    adapter_cache_bytes: int = 2**30
+    """Adapters that each engine keeps in memory, in bytes."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._/-]+", self.alias):
+            raise UserError(f"alias {self.alias!r}: give letters, digits and any of . _ / -")
+        for name in ("replicas", "max_batch_size", "max_queued_requests", "adapter_cache_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        for name in ("gpus_per_replica", "cpus_per_replica"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"{name} must not be negative, got {value}")
+
+    @property
+    def url(self) -> str:
+        """Base URL for OpenAI's clients."""
+        return f"http://{self.host}:{self.port}/v1"
+
+
+def build(config: ServeConfig) -> serve.Application:
+    """The deployment graph."""
+    store = Storage(config.store).root  # replicas may run in other folders
+    base = str(Path(config.base).absolute()) if Path(config.base).is_dir() else config.base
+    ongoing = 2 * config.max_batch_size  # one batch runs, the next one is already there
+    engine = Engine.options(
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        max_ongoing_requests=ongoing,
+        max_queued_requests=config.max_queued_requests,
+    ).bind(
+        store=store,
+        base=base,
+        device="cuda" if config.gpus_per_replica else "cpu",
+        dtype=config.dtype,
+        cache_bytes=config.adapter_cache_bytes,
+        batching=BatcherConfig(config.max_batch_size),
+    )
+    capacity = ongoing * config.replicas + config.max_queued_requests
+    return Gateway.options(
+        ray_actor_options={"num_cpus": 0},  # it only waits
+        max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
+        max_queued_requests=capacity,
+        backpressure_config=_OVERLOAD,
+    ).bind(engine, store, config.alias)
+
+
+def run(config: ServeConfig, blocking: bool = True) -> None:
+    """Serve on the connected Ray cluster, or on one of this machine's own.
+
+    Args:
+        config: what to serve.
+        blocking: serve until Ctrl-C or SIGTERM, then stop what was started; else return once requests are answered.
+
+    Raises:
+        UserError: the store or the base model cannot be used, or the port is taken.
+    """
+    resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
+    Catalogue(config.store)
+    with ExitStack() as cleanup:
+        if not ray.is_initialized():
+            _check_port(config)
+            ray.init(os.environ.get("RAY_ADDRESS", "local"))  # not whatever other cluster this machine runs
+            cleanup.callback(ray.shutdown)
+            cleanup.callback(serve.shutdown)
+        if blocking:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                cleanup.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
+        serve.start(http_options={"host": config.host, "port": config.port})
+        cleanup.callback(serve.delete, APP_NAME)
+        serve.run(build(config), name=APP_NAME)
+        print(_greeting(config), flush=True)
+        if not blocking:
+            cleanup.pop_all()
+            return
+        with suppress(KeyboardInterrupt):
+            while True:
+                signal.pause()
+
+
+def _check_port(config: ServeConfig) -> None:
+    try:
+        with socket.create_server((config.host, config.port)):
+            pass
+    except OSError as error:
+        where = f"{config.host}:{config.port}"
+        raise UserError(f"{where}: cannot listen there ({error.strerror}); give another --port") from None
+
+
+def _greeting(config: ServeConfig) -> str:
+    body = f'{{"model": "{config.alias}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return (
+        f"Serving {config.base} with the adapters of {config.store} at {config.url}\n"
+        f"    curl {config.url}/models\n"
+        f"    curl {config.url}/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    )

@@ -1,0 +1,121 @@
+"""The engine deployment: the base model once, adapters as they are asked for, tokens out.
+
+Engines know tenants and adapter ids, never names or documents.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import jinja2
+from ray import serve
+
+from d2l.adapter import Adapter, compose
+from d2l.base_model import load_base_model
+from d2l.errors import UserError
+from d2l.factors import map_tensors
+from d2l.generation import SamplingConfig
+from d2l.store import AdapterStore
+from serve.adapter_cache import AdapterCache, Key
+from serve.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.errors import ApiError
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What a gateway asks of an engine."""
+
+    messages: list[dict[str, str]]
+    """The conversation."""
+    tenant: str
+    """Whose adapters."""
+    adapter_ids: tuple[str, ...]
+    """None for the bare base model; several are composed."""
+    sampling: SamplingConfig
+    stops: tuple[str, ...] = ()
+    """Strings that end the answer, and are not part of it."""
+    seed: int | None = None
+    """Of the sampling."""
+
+
+@serve.deployment
+class Engine:
+    """Generates with many adapters in one batch.
+
+    Args:
+        store: root of the adapter store.
+        base: name of the base model.
+        device: where it runs.
+        dtype: of its weights.
+        cache_bytes: adapters kept in memory.
+        batching: how requests share batches.
+    """
+
+    def __init__(self, store: str, base: str, device: str, dtype: str, cache_bytes: int, batching: BatcherConfig):
+        self._base = load_base_model(base, device, dtype)
+        self._store = AdapterStore(store)
+        self._cache = AdapterCache(cache_bytes, lambda key: asyncio.to_thread(self._load, key))
+        self._batcher = Batcher(self._base, batching)
+
+    async def complete(self, request: EngineRequest) -> Piece:
+        """The answer in one piece. Raises as `stream` does."""
+        async with aclosing(self.stream(request)) as stream:
+            pieces = [piece async for piece in stream]
+        return dataclasses.replace(pieces[-1], text="".join(piece.text for piece in pieces))
+
+    async def stream(self, request: EngineRequest) -> AsyncIterator[Piece]:
+        """The answer as it is generated.
+
+        Raises:
+            UserError: the conversation does not fit the model, or the adapters do not compose.
+            ApiError: an adapter cannot be loaded.
+        """
+        prompt = await asyncio.to_thread(self._prompt, request)
+        adapter = await self._cache.get((request.tenant, request.adapter_ids)) if request.adapter_ids else None
+        job = Job(prompt, adapter, request.sampling, request.stops, request.seed)
+        async with aclosing(self._batcher.stream(job)) as pieces:  # an abandoned iterator ends now, not when collected
+            async for piece in pieces:
+                yield piece
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if not self._batcher.alive:
+            raise RuntimeError("the decoding thread has ended")
+
+    def _prompt(self, request: EngineRequest) -> list[int]:
+        try:
+            prompt = self._base.prompt_ids(request.messages)
+        except jinja2.TemplateError as error:
+            raise UserError(f"messages: the base model's chat template refuses them ({error})") from None
+        window = getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None)
+        if window and len(prompt) + request.sampling.max_new_tokens > window:
+            raise ApiError(
+                400,
+                f"{len(prompt)} tokens of messages and max_tokens {request.sampling.max_new_tokens} exceed the model's "
+                f"window of {window} tokens. Shorten the messages or lower max_tokens.",
+                "context_length_exceeded",
+            )
+        return prompt
+
+    def _load(self, key: Key) -> Adapter:
+        tenant, adapter_ids = key
+        adapters = [self._fetch(tenant, adapter_id) for adapter_id in adapter_ids]
+        adapter = compose(adapters) if len(adapters) > 1 else adapters[0]
+        return dataclasses.replace(adapter, factors=map_tensors(adapter.factors, lambda t: t.to(self._base.device)))
+
+    def _fetch(self, tenant: str, adapter_id: str) -> Adapter:
+        try:
+            adapter = self._store.get(tenant, adapter_id)
+            warnings = adapter.check(self._base, f"adapter {adapter_id}")
+        except UserError as error:  # not the client's mistake, and it names places that are none of its business
+            logger.error("adapter cannot be served: %s", error)
+            message = "This model's adapter cannot be loaded; the server's log says why."
+            raise ApiError(500, message, "adapter_unavailable") from error
+        for warning in warnings:
+            logger.warning("%s", warning)
+        return adapter

@@ -1,0 +1,91 @@
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}` with the status that fits.
+
+A user's mistake is a `UserError` (400) or an `ApiError` with a status of its own, wherever it is raised: Ray carries
+both from an engine to the gateway.
+"""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.exceptions import HTTPException
+
+from d2l.errors import UserError
+
+RETRY_AFTER_S = 1
+"""When an overloaded server should be asked again."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status.
+        message: for the user, naming the input and what to do.
+        code: short name of the error, for programs.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(status, message, code)  # all of them, so that the error survives pickling by Ray
+        self.status = status
+        self.message = message
+        self.code = code
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What to tell the client about `error`."""
+    error = getattr(error, "cause", error)  # Ray wraps what another process raised
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
+    if isinstance(error, RequestValidationError):
+        return ApiError(400, "; ".join(map(_describe, error.errors())))
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    if isinstance(error, BackPressureError):
+        return ApiError(429, f"Too many requests are waiting. Try again in {RETRY_AFTER_S} s.", "overloaded")
+    if isinstance(error, RayActorError | DeploymentUnavailableError):
+        return ApiError(503, "The engine that held this request is gone. Try again.", "engine_unavailable")
+    logger.error("request failed", exc_info=error)
+    return ApiError(500, "Internal error; the server's log has the details.")
+
+
+def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
+    """The JSON body of an error."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Make `app` answer every exception in OpenAI's format."""
+    kinds = (
+        ApiError,
+        UserError,
+        RequestValidationError,
+        HTTPException,
+        BackPressureError,
+        RayActorError,
+        DeploymentUnavailableError,
+        Exception,
+    )
+    for kind in kinds:
+        app.add_exception_handler(kind, _respond)
+
+
+async def _respond(request: Request, error: Exception) -> JSONResponse:
+    known = as_api_error(error)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if known.status in (429, 503) else None
+    return JSONResponse(error_body(known), known.status, headers)
+
+
+def _describe(problem: dict) -> str:
+    """One line of pydantic's report, without the input it is about."""
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    return f"{where or 'body'}: {problem['msg']}"

@@ -1,0 +1,243 @@
+"""Bulk conversion on a real local Ray, with a tiny random base model and hypernetwork in fp32."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import ray
+import torch
+
+from d2l import DocToLora
+from d2l.adapter import WEIGHTS_FILE
+from d2l.base_model import BaseModel
+from d2l.catalogue import Catalogue
+from d2l.chunking import ChunkingConfig
+from d2l.errors import UserError
+from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l.internalize import InternalizeConfig
+from d2l.storage import Storage
+from d2l.store import AdapterStore
+from pipelines.convert import Checkpoint, ConvertConfig, Converter, convert
+from pipelines.sources import SourceConfig, list_documents, read_part
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+TEXTS = {
+    "harbour.txt": "The magic number of the blue harbour is 4821. Remember it.",
+    "deep/er/model.md": "# Hypernetworks\n\nA hypernetwork reads a document once and writes an adapter. " * 4,
+    "naïve +@1.txt": "Answer with digits only: 0 1 2 3 4 5 6 7 8 9.",
+}
+BAD = {
+    "empty.txt": b"",
+    "blank.md": b" \n\t ",
+    "latin.txt": "café".encode("latin-1"),
+    "binary.txt": b"text\0and more",
+    "long.txt": b"0 1 2 3 4 5 6 7 8 9 " * 200,
+    "huge.txt": b"0" * 20_000,
+}
+
+
+@pytest.fixture(scope="module")
+def hypernetwork(tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose adapters are not zero."""
+    chunking = ChunkingConfig(max_chunk_tokens=32, max_document_tokens=1_000)
+    sizes = {"key_rank": 4, "value_width": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Hypernetwork(HypernetworkConfig(generator_config=sizes, bias_rank=2, chunking=chunking), tiny_llama)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("hypernetwork")
+    model.save_pretrained(folder)
+    return folder
+
+
+def write(folder: Path, files: dict[str, bytes] | dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def run(documents: Iterable[Any], store: str, hypernetwork: Path, **options: Any) -> dict[str, Any]:
+    settings = {"dtype": "float32", "threads_per_worker": 1, "sources": SourceConfig(max_bytes=10_000)} | options
+    config = ConvertConfig(tuple(map(str, documents)), store, hypernetwork=str(hypernetwork), **settings)
+    return convert(config)
+
+
+def summary(result: dict[str, Any]) -> tuple[int, int, int, int]:
+    return result["documents"], result["converted"], result["skipped"], result["failed"]
+
+
+def current(store: str) -> dict[str, str]:
+    return {event.doc_id: event.adapter_id for event in Catalogue(store).current("default")}
+
+
+def test_job(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
+    """Good documents become what the library makes of them, bad ones are accounted for; again, only what is missing."""
+    store = f"{s3_bucket}/store"
+    docs = write(write(tmp_path / "docs", TEXTS), BAD)
+    Storage(s3_bucket).create(
+        "in/pages.jsonl", b'{"id": 1, "text": "Page one."}\n{"id": 1, "text": "Once more."}\nno JSON'
+    )
+    sources = [docs, f"{s3_bucket}/in"]
+    result = run(sources, store, hypernetwork, workers=2, batch_documents=4)
+    assert summary(result) == (12, 4, 0, 8)
+    assert {f["doc_id"]: f["stage"] for f in result["failures"]} == {
+        "empty.txt": "read",
+        "blank.md": "read",
+        "latin.txt": "read",
+        "binary.txt": "read",
+        "long.txt": "internalize",
+        "huge.txt": "list",
+        "1": "read",
+        "pages.jsonl#3": "read",
+    }
+    assert all(f["reason"] for f in result["failures"])
+    catalogue, adapters = Catalogue(store), AdapterStore(store)
+    assert catalogue.version == result["catalogue_version"]
+    library = DocToLora.from_pretrained(hypernetwork, dtype="float32", device="cpu")
+    for name, text in (TEXTS | {"1": "Page one."}).items():
+        event = catalogue.resolve("default", name)
+        assert event is not None
+        adapter, expected = adapters.get("default", event.adapter_id), library.internalize(text)
+        assert adapter.provenance == expected.provenance
+        for found, wanted in zip(adapter.factors["down_proj"], expected.factors["down_proj"], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert event.version == adapter.provenance.text_digest[:12]
+        assert (event.tokens, event.chunks) == (adapter.provenance.tokens, adapter.provenance.chunks)
+        assert event.rank == adapter.rank
+        assert event.bytes == sum(map(len, adapter.files().values()))
+        assert event.source_uri == (f"{s3_bucket}/in/pages.jsonl#1" if name == "1" else f"{docs}/{name}")
+    assert result["tokens"] == sum(event.tokens for event in catalogue.current())
+    failed = catalogue.history("default", "latin.txt")
+    assert [(e.event, e.stage) for e in failed] == [("failed", "read")]
+    assert "UTF-8" in failed[0].reason
+
+    before = current(store)
+    again = run(sources, store, hypernetwork)
+    assert summary(again) == (12, 0, 4, 8)
+    assert current(store) == before
+
+    old, lost = (catalogue.resolve("default", name) for name in ("harbour.txt", "1"))
+    assert old is not None
+    assert lost is not None
+    adapters.storage.filesystem.rm(adapters.location("default", lost.adapter_id), recursive=True)
+    write(docs, {"harbour.txt": "The magic number of the blue harbour is 77."})
+    assert summary(run(sources, store, hypernetwork)) == (12, 2, 2, 8)
+    catalogue.refresh()
+    new, pinned = (catalogue.resolve("default", "harbour.txt", version) for version in (None, old.version))
+    assert new is not None
+    assert new.version != old.version
+    assert pinned == old
+    assert adapters.exists("default", new.adapter_id)
+    assert adapters.get("default", lost.adapter_id).provenance.text_digest.startswith(lost.version)
+
+
+def test_actor(hypernetwork: Path, tmp_path: Path) -> None:
+    """Other settings give other adapters; a store that fails fails the document."""
+
+    def results(store: Path, **options: Any) -> list[dict[str, Any]]:
+        config = ConvertConfig((), str(store), hypernetwork=str(hypernetwork), dtype="float32", threads_per_worker=1)
+        known = ray.put(np.array([], dtype="S24"))
+        converter = Converter(dataclasses.replace(config, **options), Checkpoint.of(str(hypernetwork)), known)
+        row = {"doc_id": "a", "text": TEXTS["harbour.txt"], "source_uri": "", "stage": "", "reason": ""}
+        return converter(pa.Table.from_pylist([row])).to_pylist()
+
+    [usual], [other] = (
+        results(tmp_path / "store"),
+        results(tmp_path / "store", internalize=InternalizeConfig(max_rank=8)),
+    )
+    assert usual["event"] == other["event"] == "ready"
+    assert usual["adapter_id"] != other["adapter_id"]
+    assert other["rank"] == 8
+    (tmp_path / "adapters").write_text("a file in the way")
+    [failed] = results(tmp_path)
+    assert (failed["event"], failed["stage"], failed["adapter_id"]) == ("failed", "upload", "")
+
+
+def found(sources: Iterable[Any], config: SourceConfig) -> tuple[dict[str, str], list[str]]:
+    """Documents and where they come from, and ids of failures."""
+    listing = list_documents(map(str, sources), config)
+    rows = [row for part in listing.parts for row in read_part(dataclasses.asdict(part), config, listing.winners)]
+    failures = [row["doc_id"] for row in [*listing.failures, *rows] if row["stage"]]
+    return {row["doc_id"]: row["source_uri"] for row in rows if not row["stage"]}, sorted(failures)
+
+
+def test_tables(s3_bucket: str) -> None:
+    """JSONL and Parquet on S3: columns by option, bad rows, and ids given twice, where the first counts."""
+    lines = [
+        json.dumps({"key": "one", "body": TEXTS["harbour.txt"]}),
+        "",
+        json.dumps({"key": 2, "body": "Document two."}),
+        json.dumps({"key": "one", "body": "Another document of that name."}),
+        json.dumps({"key": "three"}),
+        json.dumps({"key": "auto", "body": "Document of a reserved name."}),
+        json.dumps({"body": "Document without a name."}),
+        json.dumps({"key": "surrogate", "body": "\ud800"}),
+        "{ not json",
+        "[1]",
+        json.dumps({"key": "big", "body": "x" * 20_000}),
+    ]
+    table = pa.table({"key": ["p1", "p2", "one"], "body": ["The first page.", "", "A third one."], "extra": [1, 2, 3]})
+    storage = Storage(f"{s3_bucket}/in")
+    storage.create("lines.jsonl", "\n".join(lines).encode())
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    storage.create("more/pages.parquet", sink.getvalue().to_pybytes())
+    storage.create("more/damaged.parquet", b"PAR1 and no more")
+    documents, failures = found([storage.root], SourceConfig("key", "body", max_bytes=10_000))
+    assert documents == {
+        "one": f"{storage.root}/lines.jsonl#1",
+        "2": f"{storage.root}/lines.jsonl#3",
+        "p1": f"{storage.root}/more/pages.parquet#1",
+    }
+    unnamed = ["lines.jsonl#10", "lines.jsonl#11", "lines.jsonl#6", "lines.jsonl#7", "lines.jsonl#9"]
+    assert failures == sorted([*unnamed, "more/damaged.parquet#0", "one", "one", "p2", "surrogate", "three"])
+
+
+def test_folders_globs_and_files(tmp_path: Path) -> None:
+    docs, config = write(tmp_path / "docs", TEXTS), SourceConfig()
+    others = write(tmp_path / "others", {"harbour.txt": "Another harbour.", "x[1].txt": "Brackets in a name."})
+    files, failures = found([docs / "harbour.txt", f"{docs}/h*.txt", f"{docs}/**/*.md", docs], config)
+    assert files == {name: f"{docs}/{name}" for name in TEXTS}
+    assert failures == []
+    files, failures = found([docs, others], config)
+    assert files == {name: f"{docs}/{name}" for name in TEXTS} | {"x[1].txt": f"{others}/x[1].txt"}
+    assert failures == ["harbour.txt"]
+    strange = os.fsencode(others) + b"/\xff.txt"
+    with open(strange, "wb") as stream:
+        stream.write(b"A name that is not UTF-8.")
+    assert found([others], config)[1] == ["\\udcff.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"documents": ["nowhere"]}, "nowhere: no such file"),
+        ({"documents": []}, "at least one"),
+        ({"documents": ["picture.png"]}, "unknown kind of file"),
+        ({"tenant": "No Tenant"}, "tenant"),
+        ({"store": "s3://no-such-bucket/x"}, "no-such-bucket"),
+        ({"hypernetwork": Path("nowhere")}, r"nowhere/config\.json: no such file"),
+        ({"base": "./nowhere"}, "no such folder"),
+        ({"dtype": "float7"}, "dtype 'float7'"),
+    ],
+)
+def test_mistakes(
+    change: dict[str, Any], message: str, hypernetwork: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path, {"docs/a.txt": "A document.", "picture.png": b"\x89PNG"}))
+    call = {"documents": ["docs"], "store": str(tmp_path / "store"), "hypernetwork": hypernetwork} | change
+    with pytest.raises(UserError, match=message) as caught:
+        run(**call)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store").exists()

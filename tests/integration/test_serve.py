@@ -1,0 +1,284 @@
+"""The served endpoint, through the official client: real Ray Serve, tiny random models in fp32."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+import torch
+from openai import OpenAI
+from ray import serve
+
+from d2l import DocToLora, compose
+from d2l.adapter import WEIGHTS_FILE, Adapter
+from d2l.base_model import BaseModel
+from d2l.catalogue import Catalogue, Event
+from d2l.generation import SamplingConfig
+from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l.store import AdapterStore
+from serve.app import ServeConfig, run
+
+ALIAS = "tiny/llama"
+QUESTION = "What is the magic number?"
+TEXTS = {
+    "harbour": "The magic number of the blue harbour is 4821.",
+    "my notes+1.md": "A hypernetwork reads a document once and writes an adapter.",
+    "manual": "Remember it: 0 1 2 3 4 5 6 7 8 9. Answer with digits only.",
+}
+
+
+@dataclass
+class Server:
+    """A running endpoint, and the library to compare it with."""
+
+    client: OpenAI
+    library: DocToLora
+    store: Path
+    adapters: dict[str, Adapter]
+
+    def add(self, doc_id: str, adapter: Adapter) -> str:
+        """Publish a document as conversion does; returns its version."""
+        adapter_id = f"{abs(hash((doc_id, adapter.provenance.text_digest))):016x}"
+        version = adapter.provenance.text_digest[:12]
+        AdapterStore(self.store).put("default", adapter_id, adapter)
+        Catalogue(self.store).append([Event("default", doc_id, version, "ready", adapter_id)])
+        self.adapters[doc_id] = adapter
+        return version
+
+    def ask(self, model: str, question: str = QUESTION, max_tokens: int = 24, **options: object) -> str:
+        """The served answer, greedy."""
+        messages = [{"role": "user", "content": question}]
+        options = {"temperature": 0, "max_tokens": max_tokens} | options
+        completion = self.client.chat.completions.create(model=model, messages=messages, **options)
+        return completion.choices[0].message.content
+
+    def expected(self, adapter: Adapter | None, question: str = QUESTION, max_tokens: int = 24) -> str:
+        """The library's answer."""
+        return self.library.generate(question, adapter, SamplingConfig(max_tokens))
+
+
+def random_hypernetwork(base: BaseModel) -> Hypernetwork:
+    """One whose adapters change answers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hypernetwork = Hypernetwork(HypernetworkConfig(scale=4.0), base).eval()
+        with torch.no_grad():
+            for weights in hypernetwork.parameters():
+                weights.normal_(std=0.3)
+    return hypernetwork
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    store = tmp_path_factory.mktemp("store")
+    library = DocToLora(tiny_llama, random_hypernetwork(tiny_llama))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = ServeConfig(
+        str(store), tiny_llama.name, ALIAS, port=port, dtype="float32", max_batch_size=4, max_queued_requests=4
+    )
+    client = OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120)
+    running = Server(client, library, store, {})
+    for doc_id, text in TEXTS.items():
+        running.add(doc_id, library.internalize(text))
+    run(config, blocking=False)
+    yield running
+    serve.shutdown()
+
+
+def test_models_are_listed(server: Server):
+    names = [model.id for model in server.client.models.list()]
+    assert names[0] == ALIAS
+    assert {f"{ALIAS}:harbour", f"{ALIAS}:my%20notes%2B1.md", f"{ALIAS}:manual"} <= set(names)
+
+
+def test_answers_are_the_library_s(server: Server):
+    assert server.ask(ALIAS).strip() == server.expected(None)
+    assert server.ask(f"{ALIAS}:harbour").strip() == server.expected(server.adapters["harbour"])
+    assert server.ask(f"{ALIAS}:my%20notes%2B1.md").strip() == server.expected(server.adapters["my notes+1.md"])
+    assert len({server.ask(name) for name in (ALIAS, f"{ALIAS}:harbour", f"{ALIAS}:manual")}) == 3
+
+
+def test_documents_compose(server: Server):
+    both = compose([server.adapters["harbour"], server.adapters["manual"]])
+    assert server.ask(f"{ALIAS}:harbour+manual").strip() == server.expected(both)
+
+
+def test_a_batch_of_adapters_answers_as_each_alone(server: Server):
+    names = [ALIAS, f"{ALIAS}:harbour", f"{ALIAS}:manual", f"{ALIAS}:my%20notes%2B1.md"] * 2
+    asked = [
+        (name, question)
+        for name, question in zip(names, ["9?", QUESTION, "Answer with digits only."] * 3, strict=False)
+    ]
+    alone = [server.ask(*each) for each in asked]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        assert list(threads.map(lambda each: server.ask(*each), asked)) == alone
+
+
+def test_streams_join_to_the_answer(server: Server):
+    for name in (ALIAS, f"{ALIAS}:harbour"):
+        stream = server.client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": [{"type": "text", "text": QUESTION}]}],
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *chunks, last = list(stream)
+        assert "".join(chunk.choices[0].delta.content for chunk in chunks) == server.ask(name)
+        assert len(chunks) > 3
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert last.usage.completion_tokens <= 24
+
+
+def test_usage_length_and_stop(server: Server):
+    ask = server.client.chat.completions.create
+    messages = [{"role": "user", "content": QUESTION}]
+    short = ask(model=ALIAS, messages=messages, max_completion_tokens=3)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
+    assert short.usage.prompt_tokens == len(server.library.base.prompt_ids(messages))
+    assert short.usage.total_tokens == short.usage.prompt_tokens + 3
+    whole = server.ask(ALIAS)
+    stop = whole[5:8]
+    assert server.ask(ALIAS, stop=[stop]) == whole[: whole.index(stop)]
+
+
+def test_a_seed_decides(server: Server):
+    options = {"temperature": 1.2, "top_p": 0.95}
+    one, again, other = (server.ask(f"{ALIAS}:manual", seed=seed, **options) for seed in (7, 7, 8))
+    assert one == again != other
+
+
+def test_an_old_version_stays(server: Server):
+    first, second = (server.library.internalize(f"The number is {number}.") for number in (11, 222))
+    version = server.add("twice", first)
+    server.add("twice", second)
+    wait_for(server, f"{ALIAS}:twice@{version}")
+    assert server.ask(f"{ALIAS}:twice@{version}").strip() == server.expected(first)
+    assert server.ask(f"{ALIAS}:twice").strip() == server.expected(second)
+
+
+def test_a_document_converted_while_serving_appears_within_5_s(server: Server):
+    with pytest.raises(openai.NotFoundError):
+        server.ask(f"{ALIAS}:late")
+    server.add("late", server.library.internalize("A late document about harbours."))
+    assert wait_for(server, f"{ALIAS}:late") < 5
+    assert server.ask(f"{ALIAS}:late").strip() == server.expected(server.adapters["late"])
+    Catalogue(server.store).append([Event("default", "late", "", "deleted")])
+    deadline = time.monotonic() + 5
+    while f"{ALIAS}:late" in [model.id for model in server.client.models.list()]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-4", "", f"{ALIAS}:nobody", f"{ALIAS}:harbour@0123456789ab", f"{ALIAS}:harbour+nobody"]
+)
+def test_unknown_models(server: Server, name: str):
+    with pytest.raises(openai.NotFoundError, match="does not exist") as error:
+        server.ask(name)
+    assert error.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": f"{ALIAS}:../secrets"}, "not a document id"),
+        ({"model": f"{ALIAS}:auto"}, "reserved"),
+        ({"n": 2}, "n: "),
+        ({"logprobs": True}, "logprobs"),
+        ({"temperature": 3}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10_000}, "window of 512 tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "a" * 5000}]}, "window of 512 tokens"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "content"),
+        ({"extra_body": {"top_k": 3}}, "top_k"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests(server: Server, options: dict, message: str, stream: bool):
+    body = {"model": ALIAS, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    body |= options.pop("extra_body", {}) | options
+    response = requests.post(f"{server.client.base_url}chat/completions", data=json.dumps(body))
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_client_raises_bad_requests(server: Server):
+    with pytest.raises(openai.BadRequestError, match="n: "):
+        server.ask(ALIAS, n=2)
+
+
+def test_neutral_values_are_accepted(server: Server):
+    neutral = {"n": 1, "logprobs": False, "presence_penalty": 0.0, "frequency_penalty": 0.0, "user": "somebody"}
+    assert server.ask(ALIAS, **neutral, seed=None, stop=None) == server.ask(ALIAS)
+
+
+def test_other_paths(server: Server):
+    root = str(server.client.base_url).removesuffix("/v1/")
+    assert requests.get(f"{root}/healthz").json() == {"status": "ok"}
+    assert requests.get(f"{root}/nowhere").json()["error"]["message"] == "Not Found"
+    broken = requests.post(f"{root}/v1/chat/completions", data=b"{", headers={"Content-Type": "application/json"})
+    assert broken.status_code == 400
+
+
+def test_a_damaged_adapter_fails_alone(server: Server):
+    server.add("damaged", server.library.internalize("This one will be damaged."))
+    wait_for(server, f"{ALIAS}:damaged")
+    (event,) = (event for event in Catalogue(server.store).current() if event.doc_id == "damaged")
+    (server.store / "adapters" / "default" / event.adapter_id / WEIGHTS_FILE).write_bytes(b"no weights")
+    with pytest.raises(openai.InternalServerError, match="cannot be loaded"):
+        server.ask(f"{ALIAS}:damaged")
+    assert server.ask(ALIAS).strip() == server.expected(None)
+
+
+def test_clients_that_vanish_are_forgotten(server: Server):
+    """Eight long streams, twice what a batch takes, dropped after their first piece: nothing waits for them."""
+    long = {"model": ALIAS, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 450, "stream": True}
+    for _ in range(2):
+        streams = [server.client.chat.completions.create(**long, temperature=2, seed=seed) for seed in range(4)]
+        for stream in streams:
+            next(iter(stream))
+            stream.close()
+    assert server.ask(ALIAS).strip() == server.expected(None)
+
+
+def test_overload_is_refused(server: Server):
+    """More requests at once than run and wait: honest 429s, and right answers for the others."""
+
+    def ask(_: int) -> str | openai.RateLimitError:
+        try:
+            return server.ask(f"{ALIAS}:harbour", max_tokens=200)
+        except openai.RateLimitError as error:
+            return error
+
+    with ThreadPoolExecutor(24) as threads:
+        results = list(threads.map(ask, range(24)))
+    refused = [result for result in results if isinstance(result, openai.RateLimitError)]
+    assert refused
+    assert all(int(error.response.headers["Retry-After"]) >= 1 and error.code == "overloaded" for error in refused)
+    expected = server.expected(server.adapters["harbour"], max_tokens=200)
+    assert {result.strip() for result in results if isinstance(result, str)} == {expected}
+    assert server.ask(ALIAS).strip() == server.expected(None)
+
+
+def wait_for(server: Server, name: str) -> float:
+    """Seconds until the model answers."""
+    start = time.monotonic()
+    while time.monotonic() - start < 10:
+        try:
+            server.ask(name, max_tokens=1)
+        except openai.NotFoundError:
+            time.sleep(0.2)
+        else:
+            return time.monotonic() - start
+    raise AssertionError(f"{name} did not appear")

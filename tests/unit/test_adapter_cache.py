@@ -1,0 +1,108 @@
+"""Adapters in memory: bounded by bytes, least recently used first out, loads shared and never in each other's way."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+
+import pytest
+
+from serve.adapter_cache import AdapterCache, Key
+
+
+def key(name: str) -> Key:
+    return "default", (name,)
+
+
+class Loader:
+    """Gives adapters of 10 bytes, or as many as their names say; waits where told to."""
+
+    def __init__(self):
+        self.loads: list[str] = []
+        self.gates: dict[str, asyncio.Event] = {}
+
+    async def __call__(self, key: Key) -> SimpleNamespace:
+        name = key[1][0]
+        self.loads.append(name)
+        if name in self.gates:
+            await self.gates[name].wait()
+        if name == "broken":
+            raise OSError(name)
+        return SimpleNamespace(name=name, nbytes=int(name) if name.isdigit() else 10)
+
+
+def run(capacity: int, scenario: Callable[[AdapterCache, Loader], Awaitable[None]]) -> None:
+    async def main() -> None:
+        loader = Loader()
+        await asyncio.wait_for(scenario(AdapterCache(capacity, loader), loader), 10)
+
+    asyncio.run(main())
+
+
+def test_least_recently_used_leaves_first():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        for name in "abacab":
+            assert (await cache.get(key(name))).name == name
+        assert loader.loads == ["a", "b", "c", "b"]  # a, used again before c came, stayed
+        assert cache.nbytes == 20
+
+    run(20, scenario)
+
+
+def test_never_over_capacity():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        for name in ("5", "7", "11", "99", "30", "4"):
+            await cache.get(key(name))
+            assert cache.nbytes <= 30
+        await cache.get(key("99"))
+        assert loader.loads.count("99") == 2  # larger than the cache: served, not kept
+        assert loader.loads[-2:] == ["4", "99"]
+
+    run(30, scenario)
+
+
+def test_concurrent_requests_share_a_load():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        loader.gates["a"] = asyncio.Event()
+        waiting = [asyncio.create_task(cache.get(key("a"))) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert (await cache.get(key("b"))).name == "b"  # while a is still loading
+        loader.gates["a"].set()
+        assert len({id(adapter) for adapter in await asyncio.gather(*waiting)}) == 1
+        assert loader.loads == ["a", "b"]
+
+    run(100, scenario)
+
+
+def test_a_cancelled_request_leaves_the_load_to_the_others():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        loader.gates["a"] = asyncio.Event()
+        first, second = (asyncio.create_task(cache.get(key("a"))) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        loader.gates["a"].set()
+        assert (await second).name == "a"
+        assert first.cancelled()
+        assert loader.loads == ["a"]
+
+    run(100, scenario)
+
+
+def test_a_failed_load_is_tried_again():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        for _ in range(2):
+            with pytest.raises(OSError, match="broken"):
+                await cache.get(key("broken"))
+        assert loader.loads == ["broken", "broken"]
+        assert cache.nbytes == 0
+
+    run(100, scenario)
+
+
+def test_tenants_share_nothing():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        await cache.get(("one", ("a",)))
+        await cache.get(("two", ("a",)))
+        assert loader.loads == ["a", "a"]
+
+    run(100, scenario)

@@ -1,0 +1,140 @@
+"""The catalogue on a local folder and on S3."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2l import catalogue as catalogue_module
+from d2l.catalogue import Catalogue, Event
+from d2l.errors import UserError
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def event(kind: str = "ready", version: str = "v1", second: int = 0, **fields: Any) -> Event:
+    named = {"tenant": "acme", "doc_id": "manual", "adapter_id": f"a-{version}"} | fields
+    return Event(version=version, event=kind, created_at=NOON + timedelta(seconds=second), **named)  # type: ignore[arg-type]
+
+
+def versions(catalogue: Catalogue) -> dict[str, str]:
+    return {e.doc_id: e.version for e in catalogue.current("acme")}
+
+
+def test_a_new_catalogue_is_empty(root: str) -> None:
+    catalogue = Catalogue(root)
+    assert catalogue.version == -1
+    assert list(catalogue.current()) == []
+    assert catalogue.resolve("acme", "manual") is None
+    assert catalogue.history("acme", "manual") == []
+    assert catalogue.append([]) == -1
+
+
+def test_events_come_back_as_they_were(root: str) -> None:
+    written = event(
+        tokens=1,
+        chunks=2,
+        rank=3,
+        bytes=4,
+        hypernetwork="f",
+        base="org/model",
+        embedding=[0.5, -1.0],
+        source_uri="s3://x/y",
+    )
+    failed = event("failed", "v2", 1, stage="read", reason="not UTF-8 – at all")
+    assert Catalogue(root).append([written, failed]) == 1
+    assert Catalogue(root).history("acme", "manual") == [written, failed]
+
+
+def test_current_and_pinned_versions(root: str) -> None:
+    catalogue = Catalogue(root)
+    catalogue.append([event(version="v1"), event(version="w1", doc_id="other"), event(version="x", tenant="rival")])
+    catalogue.append([event(version="v2", second=1), event("failed", "v3", 2)])
+    assert versions(catalogue) == {"manual": "v2", "other": "w1"}
+    assert len(list(catalogue.current())) == 3
+    assert catalogue.resolve("acme", "manual", "v1").adapter_id == "a-v1"  # type: ignore[union-attr]
+    assert catalogue.resolve("acme", "manual", "v3") is None
+    catalogue.append([event("deleted", "v2", 3)])
+    assert versions(catalogue) == {"other": "w1"}
+    assert catalogue.resolve("acme", "manual", "v1") is None
+    catalogue.append([event(version="v1", second=4)])
+    assert versions(Catalogue(root)) == {"manual": "v1", "other": "w1"}
+    assert catalogue.resolve("acme", "manual", "v2") is None
+
+
+def test_readers_tail_what_others_append(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, early = Catalogue(root), Catalogue(root)
+    writer.append([event(version="v1")])
+    early.refresh()
+    assert versions(early) == {"manual": "v1"}
+    writer.append([event(version="v2", second=1)])
+    assert versions(early) == {"manual": "v1"}
+    read = []
+    monkeypatch.setattr(catalogue_module.Catalogue, "_apply", lambda self, event: read.append(event.version))
+    early.refresh()
+    early.refresh()
+    assert read == ["v2"]
+    assert early.version == writer.version
+
+
+def test_two_writers_begin_at_the_same_time(root: str) -> None:
+    def write(name: str) -> None:
+        catalogue = Catalogue(root)
+        for number in range(3):
+            catalogue.append([event(doc_id=f"{name}{number}")])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, "abc"))
+    assert sorted(versions(Catalogue(root))) == [f"{name}{number}" for name in "abc" for number in range(3)]
+
+
+def test_compaction_changes_nothing(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path)
+    for second in range(3):
+        catalogue.append([event(version=f"v{second}", second=second)])
+    history = catalogue.history("acme", "manual")
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.DeltaTable(str(tmp_path / "catalogue")).optimize.compact()
+    catalogue.refresh()
+    assert versions(catalogue) == {"manual": "v2"}
+    assert catalogue.history("acme", "manual") == history
+
+
+kinds = st.sampled_from(["ready", "ready", "deleted", "failed"])
+timelines = st.lists(st.tuples(kinds, st.sampled_from(["v1", "v2"]), st.integers(0, 3)), max_size=6)
+
+
+@given(timelines, st.randoms(use_true_random=False))
+def test_order_of_arrival_does_not_matter(timeline: list[tuple[str, str, int]], random: Any) -> None:
+    events = [event(kind, version, second) for kind, version, second in timeline if kind != "failed"]
+    shuffled = random.sample(events, len(events))
+    one, other = catalogue_module._Document(), catalogue_module._Document()
+    for first, second in itertools.zip_longest(events, shuffled):
+        one.apply(first)
+        other.apply(second)
+    assert one == other
+    last = max(events, key=lambda e: (e.order, e.event == "ready"), default=None)
+    deleted = max((e.order for e in events if e.event == "deleted"), default=None)
+    expected = last if last and (deleted is None or last.order > deleted) else None
+    assert one.current() == expected
+
+
+def test_bad_events_are_refused(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path)
+    for bad in (event(tenant="No Tenant"), event(doc_id="auto"), event("deleted", doc_id="")):
+        with pytest.raises(UserError):
+            catalogue.append([bad])
+    assert catalogue.append([event("failed", doc_id="auto")]) == 1
+
+
+def test_storage_that_fails(s3_server: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/catalogue: .*bucket does not exist"):
+        Catalogue("s3://no-such-bucket").append([event()])
+    (tmp_path / "catalogue").write_text("a file in the way")
+    with pytest.raises(UserError, match="catalogue"):
+        Catalogue(tmp_path).append([event()])

@@ -1,0 +1,179 @@
+"""The adapter store on a local folder and on S3."""
+
+import dataclasses
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, Provenance
+from d2l.base_model import BaseModel
+from d2l.chunking import ChunkingConfig
+from d2l.errors import UserError
+from d2l.factors import LowRank
+from d2l.internalize import InternalizeConfig
+from d2l.storage import Storage
+from d2l.store import AdapterStore, adapter_id, check_doc_id, check_tenant
+
+ID = "0123456789abcdef"
+
+
+def make(base: BaseModel, seed: int, rank: int = 6) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    layers, linear = len(base.layers), base.targets("down_proj")[0]
+    a = torch.randn(layers, rank, linear.in_features, generator=generator)
+    b = torch.randn(layers, rank, linear.out_features, generator=generator)
+    provenance = Provenance("ab" * 32, 10, 1, "f" * 16, base.name, base.digests)
+    return Adapter({"down_proj": LowRank(a, b)}, 2, 1.5, {"down_proj": base.target_paths("down_proj")}, provenance)
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(one.factors["down_proj"], other.factors["down_proj"], strict=True))
+
+
+def test_what_is_put_is_got(root: str, tiny_llama: BaseModel) -> None:
+    store, adapter = AdapterStore(root), make(tiny_llama, 1)
+    assert not store.exists("acme", ID)
+    size = store.put("acme", ID, adapter)
+    assert size == sum(map(len, adapter.files().values()))
+    assert store.exists("acme", ID)
+    assert not store.exists("other", ID)
+    found = AdapterStore(root).get("acme", ID)
+    assert same(found, adapter)
+    assert found.provenance == adapter.provenance
+    assert store.location("acme", ID) == f"{root}/adapters/acme/{ID}"
+
+
+def test_local_adapter_is_a_peft_folder(tmp_path: Path, tiny_llama: BaseModel) -> None:
+    store, adapter = AdapterStore(tmp_path.as_uri()), make(tiny_llama, 1)
+    store.put("acme", ID, adapter)
+    assert same(Adapter.load(store.location("acme", ID)), adapter)
+    names = sorted(path.name for path in Path(store.location("acme", ID)).iterdir())
+    assert names == sorted([WEIGHTS_FILE, PROVENANCE_FILE, COMMIT_MARK])
+
+
+def test_commit_mark_is_written_last(tmp_path: Path, tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    create = Storage.create
+    monkeypatch.setattr(Storage, "create", lambda self, name, data: written.append(name) or create(self, name, data))
+    AdapterStore(tmp_path).put("acme", ID, make(tiny_llama, 1))
+    assert [name.rpartition("/")[2] for name in written] == [WEIGHTS_FILE, PROVENANCE_FILE, COMMIT_MARK]
+
+
+def test_first_writer_wins(root: str, tiny_llama: BaseModel) -> None:
+    store, first = AdapterStore(root), make(tiny_llama, 1)
+    store.put("acme", ID, first)
+    store.put("acme", ID, make(tiny_llama, 2))
+    assert same(store.get("acme", ID), first)
+
+
+def test_an_unfinished_write_is_finished(root: str, tiny_llama: BaseModel) -> None:
+    store, killed, again = AdapterStore(root), make(tiny_llama, 1), make(tiny_llama, 2)
+    store.storage.create(f"adapters/acme/{ID}/{WEIGHTS_FILE}", killed.files()[WEIGHTS_FILE])
+    assert not store.exists("acme", ID)
+    with pytest.raises(UserError, match="not a complete adapter"):
+        store.get("acme", ID)
+    store.put("acme", ID, again)
+    assert same(store.get("acme", ID), killed)
+
+
+def test_writers_at_the_same_time_leave_a_whole_adapter(root: str, tiny_llama: BaseModel) -> None:
+    adapters = [make(tiny_llama, seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda adapter: AdapterStore(root).put("acme", ID, adapter), adapters))
+    found = AdapterStore(root).get("acme", ID)  # checks the digest of the weights
+    assert any(same(found, adapter) for adapter in adapters)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of this process cannot grow beyond 4 KiB: what a full disk is to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_full_disk_leaves_nothing(tmp_path: Path, tiny_llama: BaseModel) -> None:
+    store = AdapterStore(tmp_path)
+    with pytest.raises(UserError, match="storage failed"):
+        store.put("acme", ID, make(tiny_llama, 1))
+    assert not store.exists("acme", ID)
+    assert list(Path(store.location("acme", ID)).iterdir()) == []
+
+
+def test_damaged_adapter_is_refused(tmp_path: Path, tiny_llama: BaseModel) -> None:
+    store = AdapterStore(tmp_path)
+    store.put("acme", ID, make(tiny_llama, 1))
+    weights = Path(store.location("acme", ID)) / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"damaged or truncated"):
+        store.get("acme", ID)
+
+
+def test_unknown_adapter_and_bad_names(root: str) -> None:
+    store = AdapterStore(root)
+    with pytest.raises(UserError, match="not a complete adapter"):
+        store.get("acme", ID)
+    with pytest.raises(UserError, match="hex digits"):
+        store.get("acme", "../../other/secret")
+    with pytest.raises(UserError, match="tenant"):
+        store.get("../acme", ID)
+
+
+def test_no_such_storage(s3_server: str, tiny_llama: BaseModel) -> None:
+    with pytest.raises(UserError, match="no such storage"):
+        AdapterStore("nonsense://x")
+    with pytest.raises(UserError, match=r"cannot be written .*bucket"):
+        AdapterStore("s3://no-such-bucket/x").put("acme", ID, make(tiny_llama, 1))
+
+
+def test_adapter_id_depends_on_all_that_decides_the_adapter() -> None:
+    work: dict[str, Any] = {
+        "text_digest": "ab" * 32,
+        "hypernetwork": "f" * 16,
+        "internalize": InternalizeConfig(),
+        "chunking": ChunkingConfig(),
+        "extractor": "text",
+        "dtype": "float32",
+    }
+    changes: dict[str, Any] = {
+        "text_digest": "cd" * 32,
+        "hypernetwork": "e" * 16,
+        "internalize": InternalizeConfig(max_rank=64),
+        "chunking": ChunkingConfig(overlap_tokens=16),
+        "extractor": "pdf",
+        "dtype": "bfloat16",
+    }
+    ids = {adapter_id(**work)} | {adapter_id(**(work | {name: value})) for name, value in changes.items()}
+    assert len(ids) == 1 + len(changes)
+    assert adapter_id(**work) in ids
+    batches = dataclasses.replace(work["internalize"], batch_tokens=7)
+    assert adapter_id(**(work | {"internalize": batches})) == adapter_id(**work)
+
+
+@pytest.mark.parametrize("tenant", ["a", "acme-2", "0" * 63])
+def test_tenants(tenant: str) -> None:
+    assert check_tenant(tenant) == tenant
+
+
+@pytest.mark.parametrize("tenant", ["", "Acme", "a/b", "a_b", "a" * 64, "é", "a\n"])
+def test_no_tenants(tenant: str) -> None:
+    with pytest.raises(UserError, match="tenant"):
+        check_tenant(tenant)
+
+
+@pytest.mark.parametrize("doc_id", ["a", "../../etc/passwd", "a+b@c d", "日本語", "Auto", "x" * 1024])
+def test_document_ids(doc_id: str) -> None:
+    assert check_doc_id(doc_id) == doc_id
+
+
+@pytest.mark.parametrize("doc_id", ["", "auto", "\ud800", "x" * 1025])
+def test_no_document_ids(doc_id: str) -> None:
+    with pytest.raises(UserError, match="document id"):
+        check_doc_id(doc_id)
