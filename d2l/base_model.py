@@ -39,7 +39,7 @@ _PROBE_TEXT = "Digits 1234567, naïve café, code_like(x) == 3.14;\n\tEnd — �
 class Digests:
     """What must agree between a base model and what was made for it: 16 hex digits each.
 
-    They are digests of meaning, not of bytes, so that a converted copy of a model counts as the same model.
+    The first two are digests of meaning, not of bytes, so that a converted copy of a model counts as the same model.
     """
 
     architecture: str
@@ -47,7 +47,7 @@ class Digests:
     tokenizer: str
     """Vocabulary, a probe text's tokens, and a rendered conversation. A mismatch is refused."""
     weights: str
-    """Every weight, rounded as stored. A mismatch is only warned about: other quantisations of one model differ."""
+    """The weight files. A mismatch is only warned about: other roundings of one model differ."""
 
     def mismatch(self, other: "Digests") -> list[str]:
         """A line for each digest that differs, worst first."""

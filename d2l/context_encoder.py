@@ -11,8 +11,8 @@ model's own weights: a decoder with fewer layers shares them and costs no memory
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +30,8 @@ class EncoderConfig:
 
     kind: Literal["early_exit", "per_layer", "activations"] = "early_exit"
     exit_layer: int | None = None
-    """`early_exit`: how many layers to run; a quarter of them by default. `activations`: all of them by default."""
+    """How many layers to run. `early_exit`: a quarter of them by default. `activations`: all by default; the layers run
+    are those that get an adapter. Not for `per_layer`."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class ContextEncoder:
     def __init__(self, base: BaseModel, config: EncoderConfig, target_modules: tuple[str, ...] = ()):
         total = len(base.layers)
         default = {"early_exit": max(1, total // 4), "per_layer": total - 1, "activations": total}[config.kind]
-        self.depth = config.exit_layer or default
+        self.depth = default if config.exit_layer is None else config.exit_layer
         if not 1 <= self.depth <= total:
             raise UserError(f"exit_layer must be in 1..{total} for base model {base.name}, got {self.depth}")
+        if config.kind == "per_layer" and self.depth != default:
+            raise UserError(f"encoder per_layer runs {default} of {total} layers; exit_layer is not for it")
         self.kind = config.kind
         self.targets = {name: base.targets(name)[: self.depth] for name in target_modules}
         self.layers = base.layers[: self.depth]
@@ -71,22 +74,19 @@ class ContextEncoder:
         """Encode chunks; causal attention makes the padding on the right invisible."""
         streams: list[Tensor] = []
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.targets}
-        with _recording(self.layers if self.kind != "early_exit" else (), streams):
-            if self.kind != "activations":
-                final = self._run(batch.ids)
-            else:
-                with _recording_all(self.targets, inputs):
-                    final = self._run(batch.ids)
+        with ExitStack() as stack:
+            if self.kind != "early_exit":
+                stack.enter_context(_recording(self.layers, streams))
+            for name, modules in self.targets.items() if self.kind == "activations" else ():
+                stack.enter_context(_recording(modules, inputs[name]))
+            final = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
         return Features(
             final, batch.mask, batch.content, tuple(streams), {name: tuple(seen) for name, seen in inputs.items()}
         )
 
-    def _run(self, ids: Tensor) -> Tensor:
-        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-
 
 @contextmanager
-def _recording(modules: nn.ModuleList | tuple[nn.Module, ...] | list[nn.Linear], seen: list[Tensor]) -> Iterator[None]:
+def _recording(modules: Iterable[nn.Module], seen: list[Tensor]) -> Iterator[None]:
     """Append each module's first input to `seen` while the context lasts."""
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -98,13 +98,3 @@ def _recording(modules: nn.ModuleList | tuple[nn.Module, ...] | list[nn.Linear],
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _recording_all(targets: dict[str, list[nn.Linear]], inputs: dict[str, list[Tensor]]) -> Iterator[None]:
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        for name, modules in targets.items():
-            stack.enter_context(_recording(modules, inputs[name]))
-        yield

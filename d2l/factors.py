@@ -23,6 +23,8 @@ class LowRank(NamedTuple):
 
 
 Factors = dict[str, LowRank]
+_OVERSAMPLING = 8
+"""Columns of the test matrix beyond the rank, as Halko et al. advise."""
 
 
 def rank_of(factors: Factors) -> int:
@@ -87,18 +89,59 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
         (computed from the dropped singular values).
     """
     kept: Factors = {}
-    rank = min(rank, max(min(pair.a.shape[-1], pair.b.shape[-1]) for pair in factors.values()))
+    rank = _reachable(factors, rank)
     dropped_energy = total_energy = 0.0
     for name, (a, b) in factors.items():
-        k = min(rank, a.shape[-2])
         q_a, r_a = torch.linalg.qr(a.float().mT)
         q_b, r_b = torch.linalg.qr(b.float().mT)
         u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        root = s[..., :k].sqrt().unsqueeze(-2)
-        new_a = (q_a @ vh[..., :k, :].mT * root).mT
-        new_b = (q_b @ u[..., :, :k] * root).mT
-        missing = k - new_a.shape[-2]
+        root = s[..., :rank].sqrt().unsqueeze(-2)
+        new_a = (q_a @ vh[..., :rank, :].mT * root).mT
+        new_b = (q_b @ u[..., :, :rank] * root).mT
+        missing = rank - new_a.shape[-2]
         kept[name] = LowRank(*(pad(t, (0, 0, 0, missing)).to(a.dtype).contiguous() for t in (new_a, new_b)))
         total_energy += s.square().sum().item()
-        dropped_energy += s[..., k:].square().sum().item()
+        dropped_energy += s[..., rank:].square().sum().item()
     return kept, (dropped_energy / total_energy) ** 0.5 if total_energy else 0.0
+
+
+def _reachable(factors: Factors, rank: int) -> int:
+    """The rank that a compression to `rank` has: no more than there are rows, or than the widest update can have."""
+    return min(rank, rank_of(factors), max(min(pair.a.shape[-1], pair.b.shape[-1]) for pair in factors.values()))
+
+
+def sketch(factors: Factors, rank: int, iterations: int = 1) -> tuple[Factors, float]:
+    """As `compress`, by randomised subspace iteration: far faster, and a little short of the best approximation.
+
+    Halko et al. (arXiv 0909.4061, algorithms 4.4 and 5.1) with a fixed test matrix, so that equal factors give equal
+    results. Works layer by layer on the update itself, a [d_out, d_in] matrix, in the factors' dtype; only the small
+    factorisations are float32.
+
+    Args:
+        factors: A [layers, R, d_in], B [layers, R, d_out].
+        rank: rows to keep at most.
+        iterations: passes of power iteration.
+    """
+    rank = _reachable(factors, rank)
+    kept: Factors = {}
+    captured = total = 0.0
+    for name, (a, b) in factors.items():
+        width = min(rank + _OVERSAMPLING, a.shape[-1], b.shape[-1])
+        test = torch.randn(a.shape[-1], width, generator=torch.Generator().manual_seed(0)).to(a)
+        pairs = []
+        for a_l, b_l in zip(a, b, strict=True):
+            update = b_l.mT @ a_l
+            range_of = update @ test
+            for _ in range(iterations):
+                range_of = update @ (update.mT @ (range_of / range_of.norm()))
+            basis = torch.linalg.qr(range_of.float())[0]
+            inside = (basis.to(a).mT @ update).float()
+            energy, u = torch.linalg.eigh(inside @ inside.mT)
+            energy, u = energy.flip(-1)[:rank].clamp(min=0), u.flip(-1)[:, :rank]
+            root = energy.sqrt().sqrt().clamp(min=1e-12)
+            pairs.append(LowRank(((u / root).mT @ inside).to(a), ((basis @ u) * root).mT.to(b)))
+            captured += energy.sum().item()
+            total += update.float().square().sum().item()
+        missing = rank - pairs[0].a.shape[0]
+        kept[name] = LowRank(*(pad(torch.stack(t), (0, 0, 0, missing)) for t in zip(*pairs, strict=True)))
+    return kept, max(0.0, 1 - captured / total) ** 0.5 if total else 0.0

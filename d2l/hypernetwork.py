@@ -89,8 +89,14 @@ class Hypernetwork(nn.Module):
         return self.generator(self.encoder(batch))
 
     def fingerprint(self) -> str:
-        """16 hex digits that name this hypernetwork: of the checkpoint it came from, else of its present weights."""
+        """16 hex digits that name this hypernetwork: of the checkpoint it came from, or of its weights once trained."""
         return self._fingerprint or _fingerprint(self.config, self.state_dict())
+
+    def train(self, mode: bool = True) -> "Hypernetwork":
+        """As `nn.Module.train`; a hypernetwork that is trained is no longer the one that was loaded."""
+        if mode:
+            self._fingerprint = ""
+        return super().train(mode)
 
     def save_pretrained(self, folder: str | Path, card: str = "", dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder; `config.json` comes last, so a folder that has it is whole.
@@ -117,15 +123,15 @@ class Hypernetwork(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: BaseModel, dtype: torch.dtype | None = None) -> "Hypernetwork":
-        """Load a checkpoint for `base`, on its device and by default in its dtype.
+        """Load a checkpoint for `base`, on its device and by default in its dtype; in another one, run it in autocast.
 
         Raises:
             UserError: not a checkpoint, damaged, or made for another base model.
         """
         folder = Path(folder)
-        values = load_json(folder / "config.json")
-        if values.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{folder}: format version {values.get('format_version')}, this code reads {FORMAT_VERSION}")
+        values = _read_config(folder)
+        if values["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{folder}: format version {values['format_version']}, this code reads {FORMAT_VERSION}")
         made_for = from_dict(Digests, values["base_digests"], f"{folder}/config.json: base_digests")
         for warning in made_for.check(base.digests, f"hypernetwork {folder} (for {values['base_model']})"):
             warnings.warn(warning, stacklevel=2)
@@ -142,7 +148,15 @@ class Hypernetwork(nn.Module):
 
 def base_model_of(folder: str | Path) -> str:
     """The name of the base model that a checkpoint was made for."""
-    return load_json(Path(folder) / "config.json")["base_model"]
+    return _read_config(Path(folder))["base_model"]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    values = load_json(folder / "config.json")
+    needed = {"format_version", "fingerprint", "base_model", "base_digests", "hypernetwork"}
+    if missing := sorted(needed - set(values)):
+        raise UserError(f"{folder}/config.json: not a hypernetwork checkpoint, it lacks {', '.join(missing)}")
+    return values
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

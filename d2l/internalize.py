@@ -15,7 +15,7 @@ from d2l.adapter import Adapter, Provenance, check_rank
 from d2l.base_model import BaseModel
 from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
-from d2l.factors import Factors, compress, concat_ranks, map_tensors, rank_of, split_documents
+from d2l.factors import Factors, concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
 
 _WINDOW_BATCHES = 4
@@ -135,8 +135,9 @@ class Internalizer:
             job.rows = rows if job.rows is None else concat_ranks([job.rows, rows])
             job.done += 1
             finished = job.done == len(job.chunks)
-            if finished or rank_of(job.rows) >= self.config.compress_rows:
-                job.rows, error = compress(job.rows, self.config.max_rank - self.hypernetwork.config.bias_rank)
+            room = self.config.max_rank - self.hypernetwork.config.bias_rank
+            if rank_of(job.rows) > room and (finished or rank_of(job.rows) >= self.config.compress_rows):
+                job.rows, error = sketch(job.rows, room)
                 job.error += error
             if finished:
                 yield job.index, self._finish(job)

@@ -30,7 +30,6 @@ import ray
 import torch
 import tyro
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError
 
 from d2l.adapter import Adapter, check_rank
 from d2l.base_model import parse_dtype
@@ -50,6 +49,8 @@ _UPLOADS = 4
 """Adapters that one actor uploads at a time, while it goes on internalizing."""
 _BLOCK_BYTES = 16 << 20
 """Texts between reading and internalizing travel in blocks of this size at most."""
+_ABORT = "abort"
+"""Event, on its way to the driver only, that ends the job with its reason."""
 _BLANK = {f.name: f.default for f in dataclasses.fields(Event) if isinstance(f.default, str | int)} | {"version": ""}
 
 
@@ -104,6 +105,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, store=Storage(config.store).root, hypernetwork=folder)
     checkpoint = Checkpoint.of(folder)
     check_rank(config.internalize.max_rank, checkpoint.config.bias_rank)
+    parse_dtype(config.dtype, torch.device("cpu"))
     catalogue = Catalogue(config.store)
     cluster.connect()
     listing = list_documents(config.documents, config.sources)
@@ -180,11 +182,18 @@ class Converter:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Results of a batch of documents."""
-        rows = batch.to_pylist()
+        try:
+            return pa.Table.from_pylist(self._results(batch.to_pylist()))
+        except (
+            UserError
+        ) as error:  # not one document's fault; as a row, for Ray would bury an exception in its own text
+            return pa.Table.from_pylist([_result({"doc_id": "", "reason": str(error)}, _ABORT)])
+
+    def _results(self, rows: list[Row]) -> list[Row]:
         results = [_failed(row, row["stage"], row["reason"]) for row in rows if row["stage"]]
         with ThreadPoolExecutor(_UPLOADS) as pool:
             results.extend(self._convert([self._plan(row) for row in rows if not row["stage"]], pool))
-        return pa.Table.from_pylist(results)
+        return results
 
     def _plan(self, row: Row) -> "_Work":
         document = Document(row["text"], row["doc_id"])
@@ -300,21 +309,12 @@ def _results(
         )
     )
     dataset.context.target_max_block_size = _BLOCK_BYTES
-    try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield table.to_pylist()
-    except RayError as error:
-        raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The UserError that Ray wrapped, else the error itself."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if type(inner) is UserError:
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        rows = table.to_pylist()
+        for row in rows:
+            if row["event"] == _ABORT:
+                raise UserError(row["reason"])
+        yield rows
 
 
 def _failed(facts: Row, stage: str, reason: str) -> Row:

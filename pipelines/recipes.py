@@ -1,6 +1,5 @@
 """Training recipes: functions that return a full configuration. Every field can be overridden on the command line."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from d2l.chunking import ChunkingConfig
@@ -90,5 +89,3 @@ def needle() -> Recipe:
         ),
     )
 
-
-RECIPES: dict[str, Callable[[], Recipe]] = {"needle": needle}

@@ -8,6 +8,7 @@ Where an id is given twice, the first by file and row is the document and the ot
 tables are read ahead of their texts. Driver memory grows with the number of documents: their ids and files' names.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -279,6 +280,7 @@ def _jsonl_rows(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, Row | U
 
 def _lines(stream: BinaryIO, max_bytes: int) -> Iterator[bytes]:
     """Lines; of one that is too long, only so much that it shows."""
+    stream = io.BufferedReader(stream, 1 << 20)  # type: ignore[type-var]  # fsspec's own lines know no limit
     while line := stream.readline(max_bytes + 1):
         rest = line
         while rest and not rest.endswith(b"\n"):

@@ -17,7 +17,7 @@ from d2l.base_model import load_base_model
 from d2l.config import load_json, save_json
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
-from pipelines import cluster, tracking
+from pipelines import cluster, recipes, tracking
 from pipelines.recipes import Recipe
 from pipelines.tracking import TrackingConfig
 from pipelines.training_data import needle_dataset
@@ -55,6 +55,11 @@ class TrainConfig:
     """How often a failed worker is replaced before the run gives up."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is recorded."""
+
+
+def needle_run() -> TrainConfig:
+    """The default of `d2l train needle`."""
+    return TrainConfig(recipes.needle())
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> None:
             if source
             else Hypernetwork(recipe.hypernetwork, base)
         )
-        optimizer = _optimizer(hypernetwork.to(device), recipe.optimizer)
+        optimizer = _optimizer(hypernetwork.to(device).train(), recipe.optimizer)
         step = _restore(optimizer, hypernetwork, Path(folder)) if folder else 0
     learner = ray.train.torch.prepare_model(MetaLearner(base, hypernetwork, recipe.l1), move_to_device=False)
     affixes = Affixes.of(base.tokenizer)

@@ -64,18 +64,8 @@ def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Make `app` answer every exception in OpenAI's format."""
-    kinds = (
-        ApiError,
-        UserError,
-        RequestValidationError,
-        HTTPException,
-        BackPressureError,
-        RayActorError,
-        DeploymentUnavailableError,
-        Exception,
-    )
-    for kind in kinds:
+    """Make `app` answer every exception in OpenAI's format, but for those that Serve answers itself in another."""
+    for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _respond)
 
 

@@ -107,10 +107,13 @@ class Gateway:
             request.seed,
         )
         response = ChatResponse.to(request)
-        if not request.stream:
-            return JSONResponse(response.whole(await self._engine.complete.remote(asked)))
-        pieces = self._engine.options(stream=True).stream.remote(asked)
-        first = await anext(pieces)  # before the status is sent: what is wrong with a request shows here
+        try:
+            if not request.stream:
+                return JSONResponse(response.whole(await self._engine.complete.remote(asked)))
+            pieces = self._engine.options(stream=True).stream.remote(asked)
+            first = await anext(pieces)  # before the status is sent: what is wrong with a request shows here
+        except Exception as error:  # Serve would answer some of these itself, in a format of its own
+            raise as_api_error(error) from error
         events = _events(response, first, pieces, request.stream_options.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 

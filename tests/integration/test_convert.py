@@ -15,7 +15,7 @@ import ray
 import torch
 
 from d2l import DocToLora
-from d2l.adapter import WEIGHTS_FILE
+from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue
 from d2l.chunking import ChunkingConfig
@@ -81,6 +81,12 @@ def current(store: str) -> dict[str, str]:
     return {event.doc_id: event.adapter_id for event in Catalogue(store).current("default")}
 
 
+def update(adapter: Adapter) -> torch.Tensor:
+    """What an adapter adds to the weights, [layers, d_out, d_in]."""
+    a, b = adapter.factors["down_proj"]
+    return b.mT @ a
+
+
 def test_job(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
     """Good documents become what the library makes of them, bad ones are accounted for; again, only what is missing."""
     store = f"{s3_bucket}/store"
@@ -109,9 +115,7 @@ def test_job(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
         event = catalogue.resolve("default", name)
         assert event is not None
         adapter, expected = adapters.get("default", event.adapter_id), library.internalize(text)
-        assert adapter.provenance == expected.provenance
-        for found, wanted in zip(adapter.factors["down_proj"], expected.factors["down_proj"], strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(update(adapter), update(expected), rtol=1e-4, atol=1e-5)
         assert event.version == adapter.provenance.text_digest[:12]
         assert (event.tokens, event.chunks) == (adapter.provenance.tokens, adapter.provenance.chunks)
         assert event.rank == adapter.rank

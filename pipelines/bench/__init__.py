@@ -1,0 +1,1 @@
+"""`d2l bench`: ratios against baselines measured in the same run, on the same work."""

@@ -1,0 +1,17 @@
+"""Timing of alternatives in turns, so that a machine that drifts slows all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each alternative over `rounds` rounds, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for turn in range(rounds + 1):
+        for name, run in alternatives.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,162 @@
+"""The `d2l` command.
+
+Each command is a dataclass of options and a function from it to a report (a dict), named here and imported only when it
+runs. Reports are shown as tables, or with `--json` as one object on the last line of standard output.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from d2l.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Command:
+    function: str
+    """module:function."""
+    config: str
+    """Class of its options, in the same module; or module:function that returns a default."""
+    summary: str
+
+
+COMMANDS = {
+    "train needle": _Command("pipelines.train:train", "pipelines.train:needle_run", "meta-train a hypernetwork to find needles"),
+    "evaluate needle": _Command(
+        "pipelines.evaluate:evaluate_needle", "EvaluateNeedleConfig", "is a number found in documents of any length?"
+    ),
+    "convert": _Command("pipelines.convert:convert", "ConvertConfig", "turn document collections into adapters"),
+    "serve": _Command("serve.app:run", "ServeConfig", "answer queries with a store's adapters (OpenAI-compatible)"),
+    "ask": _Command("pipelines.ask:ask", "AskConfig", "ask one document one question, three ways"),
+    "import-sakana": _Command(
+        "pipelines.import_sakana:import_sakana", "ImportConfig", "import a checkpoint of the Doc-to-LoRA authors"
+    ),
+    "bench internalize": _Command(
+        "pipelines.bench.internalize:bench_internalize", "BenchInternalizeConfig", "time and memory of internalizing"
+    ),
+    "bench generate": _Command(
+        "pipelines.bench.generate:bench_generate", "BenchGenerateConfig", "what adapters cost while decoding"
+    ),
+    "demo": _Command("pipelines.demo:demo", "DemoConfig", "documents in, a served endpoint, answers out"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: exits with 0 only on success, 1 on an error, 2 on wrong usage, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
+    name = next((n for n in (" ".join(arguments[:2]), " ".join(arguments[:1])) if n in COMMANDS), None)
+    if name is None:
+        _usage(arguments)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        report = _run(name, arguments[len(name.split()) :], as_json)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(cause)}", markup=True)
+        sys.exit(1)
+    if as_json:
+        print(json.dumps(report, default=str))
+    elif report:
+        show(report)
+
+
+def _run(name: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:
+    command = COMMANDS[name]
+    module, function = command.function.split(":")
+    run = getattr(importlib.import_module(module), function)
+    kind, default = _options(module, command.config)
+    about = f"{command.summary}. With --json the result is one JSON object, the last line printed."
+    config = tyro.cli(kind, args=arguments, prog=f"d2l {name}", default=default, description=about)
+    # With --json, whatever libraries print goes to standard error.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        return run(config)
+
+
+def _options(module: str, config: str) -> tuple[Any, Any]:
+    if ":" not in config:
+        return getattr(importlib.import_module(module), config), tyro.MISSING_NONPROP
+    source, function = config.split(":")
+    default = getattr(importlib.import_module(source), function)()
+    return type(default), default
+
+
+def _usage(arguments: list[str]) -> None:
+    console = Console(stderr=bool(arguments) and arguments[0] not in ("-h", "--help"), highlight=False)
+    console.print("usage: d2l COMMAND \\[options] [--json]        (d2l COMMAND --help tells the options)\n")
+    table = Table.grid(padding=(0, 3))
+    for name, command in COMMANDS.items():
+        table.add_row(f"  [bold]{name}[/]", command.summary)
+    console.print(table)
+    if console.stderr:
+        console.print(f"\n[bold red]error:[/] no command {' '.join(arguments[:2])!r}")
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an exception, through the wrappers of Ray's tasks, actors and workers."""
+    while error is not None:
+        if type(error) is UserError:
+            return error
+        failures = list(getattr(error, "worker_failures", {}).values())
+        error = getattr(error, "cause", None) or next(iter(failures), None) or error.__cause__
+    return None
+
+
+def _plain(error: UserError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def show(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print a report: scalars as lines, lists and dicts of records as tables."""
+    console = console or Console(highlight=False)
+    for key, value in report.items():
+        if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+            value = [{key: name} | record for name, record in value.items()]
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            console.print(_table(key, value))
+        elif isinstance(value, dict):
+            console.print(f"{key}: " + ", ".join(f"{k} {_text(v)}" for k, v in value.items()))
+        elif value not in ([], None):
+            console.print(f"{key}: {_text(value)}")
+
+
+def _table(title: str, records: list[dict[str, Any]]) -> Table:
+    from rich.markup import escape
+
+    columns = list(dict.fromkeys(column for record in records for column in record))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = all(isinstance(record.get(column), int | float) for record in records)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for record in records:
+        table.add_row(*(escape(_text(record.get(column, ""))) for column in columns))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    main()
