@@ -18,6 +18,8 @@ from d2l.errors import UserError
 RETRY_AFTER_S = 1
 """When an overloaded server should be asked again."""
 
+_SHOWN_PROBLEMS = 5
+
 logger = logging.getLogger("ray.serve")
 
 
@@ -45,7 +47,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, RequestValidationError):
-        return ApiError(400, "; ".join(map(_describe, error.errors())))
+        return ApiError(400, "; ".join(map(_describe, error.errors()[:_SHOWN_PROBLEMS])))
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, BackPressureError):
@@ -60,7 +62,8 @@ def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
     """The JSON body of an error."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+    message = error.message.encode(errors="replace").decode()  # names of unknown fields may be no valid Unicode
+    return {"error": {"message": message, "type": kind, "param": None, "code": error.code}}
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -77,5 +80,5 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
 
 def _describe(problem: dict) -> str:
     """One line of pydantic's report, without the input it is about."""
-    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    where = ".".join(str(part)[:100] for part in problem["loc"] if part != "body")
     return f"{where or 'body'}: {problem['msg']}"

@@ -9,13 +9,25 @@ import uuid
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from d2l.generation import SamplingConfig
 from serve.batcher import Piece
 
 DEFAULTS = SamplingConfig()
 """Sampling where a request does not say: greedy."""
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold lone surrogates; tokenizers cannot
+        raise ValueError("not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 class _Strict(BaseModel):
@@ -33,14 +45,14 @@ class TextPart(_Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def plain(self) -> dict[str, str]:
         """As chat templates want it."""
@@ -55,13 +67,10 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = False
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
 class ChatRequest(_Strict):
     """Body of POST /v1/chat/completions."""
 
-    model: str = Field(description="`alias`, `alias:doc_id`, `alias:doc_id@version` or `alias:doc_a+doc_b`.")
+    model: Text = Field(description="`alias`, `alias:doc_id`, `alias:doc_id@version` or `alias:doc_a+doc_b`.")
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description=f"{DEFAULTS.max_new_tokens} by default.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")

@@ -196,13 +196,14 @@ def test_unknown_models(server: Server, name: str):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 5000}]}, "window of 512 tokens"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "content"),
-        ({"extra_body": {"top_k": 3}}, "top_k"),
+        ({"top_k": 3}, "top_k"),
+        ({"\ud800" * 999: 3}, "Extra inputs"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_requests(server: Server, options: dict, message: str, stream: bool):
     body = {"model": ALIAS, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
-    body |= options.pop("extra_body", {}) | options
+    body |= options
     header = {"Content-Type": "application/json"}
     response = requests.post(f"{server.client.base_url}chat/completions", data=json.dumps(body), headers=header)
     assert response.status_code == 400

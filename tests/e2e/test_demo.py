@@ -1,0 +1,51 @@
+"""The front page's promise: `d2l demo` on the shipped hypernetwork, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from d2l.adapter import COMMIT_MARK
+
+pytestmark = pytest.mark.slow
+
+
+def d2l(*arguments: str, cwd: Path) -> dict:
+    """Run the command line; its report."""
+    command = [sys.executable, "-m", "pipelines.cli", *arguments, "--json"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_demo_answers_from_adapters_and_leaves_nothing_running(tmp_path):
+    report = d2l("demo", "--port", "8123", cwd=tmp_path)
+    assert report["right_with_adapter"] >= 5 / 6
+    assert not any(row["without document"] == row["expected"] for row in report["answers"])
+    assert len(list((tmp_path / "demo/store/adapters").rglob(COMMIT_MARK))) == len(report["answers"])
+    client = MlflowClient(f"sqlite:///{tmp_path}/demo/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert any(run.data.metrics.get("right") == report["right_with_adapter"] for run in runs)
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+    assert not left
+
+
+def test_shipped_hypernetwork_finds_needles(tmp_path):
+    report = d2l("evaluate", "needle", "--lengths", "1024", "--samples", "20", cwd=tmp_path)
+    overall = report["results"][0]
+    assert (overall["length"], overall["depth"], overall["n"]) == (1024, "all", 20)
+    assert overall["exact_match"] >= 0.9
+    assert overall["wrong_document"] <= 0.05
+
+
+def test_ask_answers_three_ways(tmp_path):
+    (tmp_path / "note.txt").write_text("The grass is green. " * 20 + "The special magic number is 4821. " + "Here we go. " * 20)
+    question = "What is the special magic number? Reply with only the number."
+    report = d2l("ask", "--document", "note.txt", question, cwd=tmp_path)
+    by_kind = {row["with"]: row for row in report["answers"]}
+    assert by_kind["adapter"]["answer"] == "4821"
+    assert by_kind["no document"]["answer"] != "4821"
+    assert by_kind["adapter"]["bytes"] > 0
