@@ -1,5 +1,8 @@
-"""`d2l ask`: one document, one question, no cluster. Three answers side by side: without the document, with its adapter,
-and with the document in the prompt; with what each costs in time and memory."""
+"""`d2l ask`: one document, one question, no cluster.
+
+Three answers side by side: without the document, with its adapter, and with the document in the prompt; with what each
+costs in time and memory.
+"""
 
 import time
 from dataclasses import dataclass

@@ -30,7 +30,9 @@ class _Command:
 
 
 COMMANDS = {
-    "train needle": _Command("pipelines.train:train", "pipelines.train:needle_run", "meta-train a hypernetwork to find needles"),
+    "train needle": _Command(
+        "pipelines.train:train", "pipelines.train:needle_run", "meta-train a hypernetwork to find needles"
+    ),
     "evaluate needle": _Command(
         "pipelines.evaluate:evaluate_needle", "EvaluateNeedleConfig", "is a number found in documents of any length?"
     ),

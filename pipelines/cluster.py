@@ -12,8 +12,8 @@ def connect() -> None:
     if not ray.is_initialized():
         local = not os.environ.get("RAY_ADDRESS")
         # The dashboard stays on: without one, Ray Train's clean-up asks whichever other cluster runs on this machine
-        # whether its own controller lives, is told no, and removes the workers. Ray Data's pipelines of several stages need
-        # several slots to make progress, whatever the machine's cores.
+        # whether its own controller lives, is told no, and removes the workers. Ray Data's pipelines of several stages
+        # need several slots to make progress, whatever the machine's cores.
         slots = {"num_cpus": max(8, os.cpu_count() or 1)} if local else {}
         if local:
             os.environ.setdefault("RAY_worker_niceness", "0")  # the job is what this machine is for

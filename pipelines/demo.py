@@ -1,9 +1,11 @@
-"""`d2l demo`: the whole job in one go. Documents in, adapters in a local store, a served endpoint, answers printed beside
-the base model's."""
+"""`d2l demo`: the whole job in one go.
+
+Documents in, adapters in a local store, a served endpoint, answers printed beside the base model's.
+"""
 
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,6 @@ class DemoConfig:
     """Port of the endpoint."""
     keep: bool = False
     """Go on serving at the end, until Ctrl-C."""
-    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig("sqlite:///demo/mlflow.db"))
-    """Where the run is recorded."""
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -46,25 +46,25 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """
     folder = config.folder
     expected = _write_documents(folder / "documents")
-    run_id = tracking.open_run(config.tracking, "demo", config)
-    with tracking.closing(config.tracking, run_id) as client:
+    record = tracking.open_run(TrackingConfig(f"sqlite:///{folder}/mlflow.db"), "demo", config)
+    with tracking.closing(record) as client:
         print(f"1. {len(expected)} documents written to {folder / 'documents'}")
         converted = convert(ConvertConfig(documents=(str(folder / "documents"),), store=str(folder / "store")))
-        done = f"{converted['converted']} converted, {converted['skipped']} were already there"
-        print(f"2. adapters in {folder / 'store'}: {done}, {converted['tokens']:,} tokens, {converted['seconds']:.0f} s")
+        done = "{converted} converted, {skipped} were there, {tokens:,} tokens, {seconds:.0f} s".format(**converted)
+        print(f"2. adapters in {folder / 'store'}: {done}")
         served = ServeConfig(store=str(folder / "store"), port=config.port)
         run(served, blocking=False)
         try:
             print(f"3. serving at {served.url}")
             answers = [_ask(served, doc_id, *pair) for doc_id, pair in expected.items()]
-            client.log_table(run_id, {k: [row[k] for row in answers] for k in answers[0]}, "answers.json")
+            client.log_table(record.run_id, {k: [row[k] for row in answers] for k in answers[0]}, "answers.json")
             right = sum(row["right"] for row in answers) / len(answers)
-            client.log_metric(run_id, "right", right)
+            client.log_metric(record.run_id, "right", right)
             report = {
                 "answers": answers,
                 "right_with_adapter": right,
                 "endpoint": f"{served.url}/chat/completions (model smollm2-135m or smollm2-135m:DOCUMENT)",
-                "record": f"mlflow ui --backend-store-uri {config.tracking.uri}",
+                "record": f"mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db",
                 "serve_again": f"d2l serve --store {folder / 'store'} --port {config.port}",
             }
             if config.keep:

@@ -1,19 +1,18 @@
-"""`d2l evaluate needle`: is a number found in documents of any length? Ray Data actors; JSON, a Markdown table, a heat map.
+"""`d2l evaluate needle`: is a number found in documents of any length?
 
-Each document is internalized, then asked about with its own adapter and, for comparison, with another document's. Answers
-count only if the whole number is right and nothing else is said.
+Ray Data actors internalize each document, then ask about it with its own adapter and, for comparison, with another
+document's. Answers count only if the whole number is right and nothing else is said. Out come JSON, a Markdown table
+and a heat map.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
 import pyarrow as pa
 import ray.data
-from rich.console import Console
-from rich.progress import track
 
 from d2l.config import save_json
 from d2l.errors import UserError
@@ -22,6 +21,7 @@ from d2l.internalize import InternalizeConfig
 from d2l.model import SHIPPED, DocToLora
 from d2l.tasks.needle import NeedleConfig, exact_match, make_sample
 from pipelines import cluster
+from pipelines.progress import Progress
 from pipelines.prose import load_prose
 
 matplotlib.use("Agg")
@@ -58,8 +58,6 @@ class EvaluateNeedleConfig:
     """GPUs of one actor."""
     output: Path | None = None
     """Folder for results.json, results.md and heatmap.png; nowhere by default."""
-    quiet: bool = field(default=False)
-    """No progress bar."""
 
 
 def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
@@ -96,13 +94,16 @@ def _run(config: EvaluateNeedleConfig, rows: list[dict[str, int]]) -> Iterator[d
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_gpus=config.gpus_per_worker or None,
     )
-    console = Console(stderr=True)
-    total = len(rows) * config.needles
-    yield from track(graded.iter_rows(), "needles", total, console=console, disable=config.quiet or not console.is_terminal)
+    found = 0
+    with Progress("finding needles", len(rows) * config.needles) as progress:
+        for number, row in enumerate(graded.iter_rows(), 1):
+            found += row["exact"]
+            progress.advance(1, f"{found / number:.1%} right")
+            yield row
 
 
 def _batches(rows: list[dict[str, int]]) -> Iterator[list[dict[str, int]]]:
-    """Batches of one length, of about 16,384 tokens, 2 documents at least: one has the other's adapter for the wrong one."""
+    """Batches of one length, of about 16,384 tokens; 2 documents at least, for each needs another's adapter."""
     for length in dict.fromkeys(row["length"] for row in rows):
         same = [row for row in rows if row["length"] == length]
         size = min(16, max(2, 16384 // length))

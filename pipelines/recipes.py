@@ -60,7 +60,7 @@ class Recipe:
     l1: float = 0.0
     """Weight of the L1 penalty on the generated factors."""
     prose: str | None = None
-    """Parquet file with a column `text`, or a text file: haystacks of real prose. Every tenth text is kept for evaluation."""
+    """Parquet file with a column `text`, or a text file, for haystacks of prose; every tenth text is for evaluation."""
     seed: int = 0
     """Everything random follows from it."""
 
@@ -88,4 +88,3 @@ def needle() -> Recipe:
             Stage(steps=160, min_tokens=256, max_tokens=3072, batch_tokens=6144, keyed=0.6, prose=0.5),
         ),
     )
-

@@ -1,9 +1,10 @@
 """MLflow: what is recorded of a run, and where. Local runs use a SQLite file; a server is an option away."""
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,40 @@ class TrackingConfig:
     experiment: str = "doc-to-lora"
     """MLflow experiment."""
     run_id: str = ""
-    """Set by the job: the run to record into."""
+    """The run to record into; a new one if empty."""
 
 
-def open_run(config: TrackingConfig, name: str, parameters: Any, run_id: str = "") -> str:
-    """Continue the run `run_id`, or open a new one with the fields of the dataclass `parameters`; returns its id."""
+def open_run(config: TrackingConfig, name: str, parameters: Any) -> TrackingConfig:
+    """Continue `config.run_id`, or open a run with the fields of the dataclass `parameters`.
+
+    Returns:
+        The configuration with the run's id, and valid in any folder: workers run in others than the command.
+    """
+    if re.match("sqlite:///[^/]", config.uri):
+        config = replace(config, uri=config.uri.replace("sqlite:///", f"sqlite:///{Path.cwd()}/"))
     mlflow.set_tracking_uri(config.uri)
     client = MlflowClient()
-    if run_id:
-        client.update_run(run_id, status="RUNNING")
-        return run_id
+    if config.run_id:
+        client.update_run(config.run_id, status="RUNNING")
+        return config
     experiment = mlflow.set_experiment(config.experiment)
     run = client.create_run(experiment.experiment_id, run_name=name)
     for key, value in _flat(to_dict(parameters)).items():
         client.log_param(run.info.run_id, key, str(value)[:500])
-    return run.info.run_id
+    return replace(config, run_id=run.info.run_id)
 
 
 @contextlib.contextmanager
-def closing(config: TrackingConfig, run_id: str) -> Iterator[MlflowClient]:
+def closing(config: TrackingConfig) -> Iterator[MlflowClient]:
     """A client; the run is marked finished at the end, failed on an exception."""
     mlflow.set_tracking_uri(config.uri)
     client = MlflowClient()
     try:
         yield client
     except BaseException:
-        client.set_terminated(run_id, "FAILED")
+        client.set_terminated(config.run_id, "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    client.set_terminated(config.run_id, "FINISHED")
 
 
 class Tracker:
@@ -76,7 +83,7 @@ class Tracker:
             self._pending, self._flushed = [], now
         if now - self._printed > 20 or step == steps:
             left = (steps - step) * metrics["seconds"] / 60
-            shown = "answer_loss exact_match gradient_norm tokens_per_second data_wait".split()
+            shown = ["answer_loss", "exact_match", "gradient_norm", "tokens_per_second", "data_wait"]
             text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
             print(f"step {step}/{steps}  {text}  about {left:.0f} min left", flush=True)
             self._printed = now
@@ -87,7 +94,10 @@ def plot_curves(client: MlflowClient, run_id: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for axis, name, label in ((axes[0], "answer_loss", "loss, nats per token"), (axes[1], "exact_match", "whole answer right")):
+    for axis, name, label in (
+        (axes[0], "answer_loss", "loss, nats per token"),
+        (axes[1], "exact_match", "whole answer right"),
+    ):
         history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.step)
         axis.plot([metric.step for metric in history], [metric.value for metric in history], lw=1)
         axis.set(xlabel="step", ylabel=label)

@@ -1,7 +1,7 @@
 """`d2l train`: meta-train a hypernetwork. Ray Data makes batches, Ray Train's workers learn, MLflow keeps the record.
 
-The run's folder holds Ray Train's checkpoints (`checkpoints/`), the trained hypernetwork (`hypernetwork/`) and a plot of
-the curves. The same command continues a run that was stopped, in the same MLflow run.
+The run's folder holds Ray Train's checkpoints (`checkpoints/`), the trained hypernetwork (`hypernetwork/`) and a plot
+of the curves. The same command continues a run that was stopped, in the same MLflow run.
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from d2l.base_model import load_base_model
-from d2l.config import load_json, save_json
+from d2l.config import load_json, save_json, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
 from pipelines import cluster, recipes, tracking
@@ -81,23 +81,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
         recipe = replace(recipe, hypernetwork=Hypernetwork.from_pretrained(init_from, base).config)
     run_file = output / "run.json"
     run_id = load_json(run_file)["run_id"] if run_file.exists() else ""
-    uri = config.tracking.uri.replace("sqlite:///", f"sqlite:///{Path.cwd()}/") if _is_relative(config.tracking.uri) else None
-    settings = replace(config.tracking, uri=uri or config.tracking.uri)
-    run_id = tracking.open_run(settings, output.name, replace(config, recipe=recipe), run_id)
-    save_json({"run_id": run_id, "tracking_uri": settings.uri}, run_file)
+    record = tracking.open_run(replace(config.tracking, run_id=run_id), output.name, replace(config, recipe=recipe))
+    save_json(to_dict(record), run_file)
 
     cluster.connect()
     began = time.perf_counter()
-    with tracking.closing(settings, run_id) as client:
+    with tracking.closing(record) as client:
+        rows = needle_dataset(recipe, recipe.hypernetwork.chunking, config.workers, _last_step(output))
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
                 "recipe": recipe,
                 "init_from": init_from,
                 "checkpoint_every": config.checkpoint_every,
-                "tracking": replace(settings, run_id=run_id),
+                "tracking": record,
             },
-            datasets={"train": needle_dataset(recipe, recipe.hypernetwork.chunking, config.workers, _last_step(output))},
+            datasets={"train": rows},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpus_per_worker > 0,
@@ -118,20 +117,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with result.checkpoint.as_directory() as folder:
             hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
         hypernetwork.save_pretrained(output / "hypernetwork", dtype=base.dtype)
-        client.log_artifacts(run_id, str(output / "hypernetwork"), "hypernetwork")
-        tracking.plot_curves(client, run_id, output / "curves.png")
+        client.log_artifacts(record.run_id, str(output / "hypernetwork"), "hypernetwork")
+        tracking.plot_curves(client, record.run_id, output / "curves.png")
     metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, int | float)}
     return {
         "steps": recipe.steps,
         "seconds": round(time.perf_counter() - began, 1),
         "metrics": metrics,
         "hypernetwork": str(output / "hypernetwork"),
-        "mlflow_run": run_id,
+        "mlflow_run": record.run_id,
     }
-
-
-def _is_relative(uri: str) -> bool:
-    return uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
 
 
 def _last_step(output: Path) -> int:

@@ -30,8 +30,7 @@ def needle_dataset(recipe: Recipe, chunking: ChunkingConfig, workers: int, first
     return steps.flat_map(
         _NeedleBatches,
         fn_constructor_args=(recipe, chunking, workers, first_step),
-        concurrency=1,
-        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
     )
 
 

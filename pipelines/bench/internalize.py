@@ -1,8 +1,8 @@
 """`d2l bench internalize`: how long a document takes, against the passes of the base model that bound it; and memory.
 
-The physical limit is the context encoder's forward pass; what a user would do otherwise is a prefill with the document in
-the prompt. Both run on the same chunks, in the same dtype and batch. Peak memory above the loaded model is taken in a fresh
-process for each length.
+The physical limit is the context encoder's forward pass; what a user would do otherwise is a prefill with the document
+in the prompt. Both run on the same chunks, in the same dtype and batch. Peak memory above the loaded model is taken in
+a fresh process for each length.
 """
 
 import multiprocessing

@@ -42,7 +42,8 @@ def test_shipped_hypernetwork_finds_needles(tmp_path):
 
 
 def test_ask_answers_three_ways(tmp_path):
-    (tmp_path / "note.txt").write_text("The grass is green. " * 20 + "The special magic number is 4821. " + "Here we go. " * 20)
+    around = "The grass is green. The sky is blue. " * 10
+    (tmp_path / "note.txt").write_text(f"{around}The special magic number is 4821. {around}")
     question = "What is the special magic number? Reply with only the number."
     report = d2l("ask", "--document", "note.txt", question, cwd=tmp_path)
     by_kind = {row["with"]: row for row in report["answers"]}

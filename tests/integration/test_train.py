@@ -67,9 +67,7 @@ def test_the_same_command_continues_a_stopped_run_to_the_same_weights(run, tmp_p
 def test_a_run_starts_from_given_weights(run, tmp_path):
     first = train(run)
     frozen = dataclasses.replace(run.recipe, optimizer=OptimizerConfig(learning_rate=0.0, weight_decay=0.0))
-    again = train(
-        dataclasses.replace(run, recipe=frozen, output=tmp_path / "again", init_from=first["hypernetwork"])
-    )
+    again = train(dataclasses.replace(run, recipe=frozen, output=tmp_path / "again", init_from=first["hypernetwork"]))
     assert json.loads((tmp_path / "again/hypernetwork/config.json").read_text())["fingerprint"]
     expected = load_file(f"{first['hypernetwork']}/model.safetensors")
     for name, tensor in load_file(f"{again['hypernetwork']}/model.safetensors").items():
