@@ -7,6 +7,7 @@ On disk an adapter is a PEFT folder that `peft` and vLLM load as it is, plus `d2
 commit mark: it is written last, and a folder without it is not an adapter.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -141,7 +143,7 @@ class Adapter:
         ).to_dict()
         return {
             WEIGHTS_FILE: weights,
-            PROVENANCE_FILE: _json(details),
+            PROVENANCE_FILE: seal(details),
             COMMIT_MARK: _json({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}),
         }
 
@@ -149,17 +151,21 @@ class Adapter:
         """Write a PEFT folder.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; nothing that looks like an adapter stays.
+            UserError: the disk is full or the folder cannot be written; the folder is left as it was.
         """
-        folder = Path(folder)
+        folder, files = Path(folder), self.files()
+        partials = {name: folder / f".{name}.partial" for name in files}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for name, partial in partials.items():
+                partial.write_bytes(files[name])
             (folder / COMMIT_MARK).unlink(missing_ok=True)
-            for name, data in self.files().items():
-                partial = folder / f".{name}.partial"
-                partial.write_bytes(data)
+            for name, partial in partials.items():
                 partial.rename(folder / name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                for partial in partials.values():
+                    partial.unlink(missing_ok=True)
             raise UserError(f"{folder}: adapter cannot be written ({error.strerror or error})") from error
 
     @classmethod
@@ -178,20 +184,33 @@ class Adapter:
             config = json.loads(read(COMMIT_MARK))
             details = json.loads(read(PROVENANCE_FILE))
             weights = read(WEIGHTS_FILE)
+            if json.loads(seal(details)) != details:
+                raise UserError(f"{where}/{PROVENANCE_FILE}: does not have the digest it gives: damaged")
             provenance = from_dict(Provenance, details["provenance"], f"{where}/{PROVENANCE_FILE}: provenance")
             if (found := hashlib.sha256(weights).hexdigest()) != details["weights_sha256"]:
                 wanted = details["weights_sha256"]
-                raise UserError(f"{where}/{WEIGHTS_FILE}: digest {found[:16]}, expected {wanted[:16]}: damaged or truncated")
+                raise UserError(
+                    f"{where}/{WEIGHTS_FILE}: digest {found[:16]}, expected {wanted[:16]}: damaged or truncated"
+                )
             tensors = load(weights)
             factors, paths = _from_peft(tensors)
             adapter = cls(factors, int(details["bias_rank"]), float(details["scale"]), paths, provenance)
         except FileNotFoundError as error:
             raise UserError(f"{where}: not a complete adapter of this package ({error})") from None
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: damaged adapter ({type(error).__name__}: {error})") from error
-        if adapter.rank != config.get("r"):
-            raise UserError(f"{where}: weights have rank {adapter.rank}, {COMMIT_MARK} says {config.get('r')}: damaged")
+        said, have = (config.get("r"), config.get("lora_alpha")), (adapter.rank, adapter.scale * adapter.rank)
+        if said != have:
+            raise UserError(f"{where}: rank and lora_alpha are {have}, {COMMIT_MARK} says {said}: damaged")
         return adapter
+
+
+def seal(details: dict[str, Any]) -> bytes:
+    """The bytes of `d2l.json`: `details` and a digest of them."""
+    rest = {name: value for name, value in details.items() if name != "sha256"}
+    return _json(rest | {"sha256": hashlib.sha256(_json(rest)).hexdigest()})
 
 
 def check_rank(rank: int, bias_rank: int) -> None:
@@ -238,7 +257,9 @@ def _layer(path: str) -> int:
 def _from_peft(tensors: dict[str, torch.Tensor]) -> tuple[Factors, dict[str, tuple[str, ...]]]:
     """PEFT's tensors by name as factors, and the paths of the modules they are for."""
     suffix = ".lora_A.weight"
-    found = sorted((k.removeprefix(_PEFT_PREFIX).removesuffix(suffix) for k in tensors if k.endswith(suffix)), key=_layer)
+    found = sorted(
+        (k.removeprefix(_PEFT_PREFIX).removesuffix(suffix) for k in tensors if k.endswith(suffix)), key=_layer
+    )
     paths: dict[str, tuple[str, ...]] = {}
     for path in found:
         name = path.split(".")[-1]

@@ -20,7 +20,7 @@ from pathlib import Path
 import fsspec
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from d2l.errors import UserError
@@ -28,10 +28,10 @@ from d2l.errors import UserError
 BUNDLED_MODELS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names of base models that need no download, and the hub ids they stand for."""
 
-_ARCHITECTURE_FIELDS = (
-    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "vocab_size tie_word_embeddings hidden_act"
-).split()
+_ARCHITECTURE_FIELDS = str.split(
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim vocab_size tie_word_embeddings hidden_act"
+)
 _PROBE_TEXT = "Digits 1234567, naïve café, code_like(x) == 3.14;\n\tEnd — 終わり 🙂"
 
 
@@ -92,7 +92,9 @@ class BaseModel:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return self.model.get_input_embeddings().embedding_dim
+        embeddings = self.model.get_input_embeddings().weight
+        assert isinstance(embeddings, Tensor)
+        return embeddings.shape[1]
 
     @cached_property
     def decoder(self) -> nn.Module:
@@ -119,11 +121,15 @@ class BaseModel:
         """The paths of those modules in the model, as PEFT names them."""
         linear = [(path, path.split(".")) for path, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         roots = {id(layer): path for path, layer in self.model.named_modules() if layer in set(self.layers)}
-        found = [[p for p, parts in linear if p.startswith(roots[id(y)] + ".") and parts[-1] == name] for y in self.layers]
+        found = [
+            [p for p, parts in linear if p.startswith(roots[id(y)] + ".") and parts[-1] == name] for y in self.layers
+        ]
         if any(len(paths) != 1 for paths in found):
             first = roots[id(self.layers[0])] + "."
             known = sorted({parts[-1] for path, parts in linear if path.startswith(first)})
-            raise UserError(f"base model {self.name}: no linear module {name!r} in every layer; it has {', '.join(known)}")
+            raise UserError(
+                f"base model {self.name}: no linear module {name!r} in every layer; it has {', '.join(known)}"
+            )
         return tuple(paths[0] for paths in found)
 
     @property

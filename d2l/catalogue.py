@@ -9,6 +9,7 @@ only data files that are new since the last `refresh`.
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _INDEXED = [name for name in _SCHEMA.names if name != "embedding"]
+_REPEATED = ("tenant", "event", "hypernetwork", "base")
+"""Columns of few different values, which are kept once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ class Catalogue:
         with self._reported():
             self._table = self._table or self._open() or self._create()
             assert self._table is not None
-            write_deltalake(self._table, rows, mode="append")
+            self._write(self._table, rows)
         self.refresh()
         return self.version
 
@@ -184,12 +187,19 @@ class Catalogue:
             events = self._read(sorted(self._files), _SCHEMA.names, wanted) if self._files else iter(())
             return sorted(events, key=lambda event: event.order)
 
+    def _write(self, table: DeltaTable, rows: pa.Table) -> None:
+        try:
+            write_deltalake(table, rows, mode="append")
+        except CommitFailedError:  # appends conflict with nothing but another writer's making of the table
+            table.update_incremental()
+            write_deltalake(table, rows, mode="append")
+
     def _read(self, files: list[str], columns: list[str], wanted: pads.Expression | None = None) -> Iterator[Event]:
         paths = [self.storage.path(f"{_NAME}/{file}") for file in files]
         dataset = pads.dataset(paths, _SCHEMA, format="parquet", filesystem=self.storage.arrow_filesystem)
-        for batch in dataset.to_batches(columns=columns, filter=wanted):
+        for batch in dataset.to_batches(columns=columns, filter=wanted, batch_size=1024):
             for row in batch.to_pylist():
-                yield Event(**row)
+                yield Event(**row | {name: sys.intern(row[name]) for name in _REPEATED})
 
     def _apply(self, event: Event) -> None:
         if event.event != "failed":

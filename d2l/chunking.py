@@ -4,6 +4,7 @@ A document is split evenly (no short tail) into as few chunks as fit `max_chunk_
 chat template as a user turn of its own, so that the context encoder sees what the base model was tuned on.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,13 +59,18 @@ class Affixes:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.prefix) + len(self.suffix)
+
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Affixes":
         """Render a user turn with a placeholder and take what stands around it; empty without a chat template."""
         if not tokenizer.chat_template:
             return cls((), ())
         turn = [{"role": "user", "content": _SENTINEL}]
-        before, after = tokenizer.apply_chat_template(turn, tokenize=False).split(_SENTINEL)
+        before, after = str(tokenizer.apply_chat_template(turn, tokenize=False)).split(_SENTINEL)
         ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
         return cls(*ids)
 
@@ -141,7 +147,7 @@ def split_evenly(ids: Sequence[int], config: ChunkingConfig) -> list[Sequence[in
     count = max(1, math.ceil(fresh / (config.max_chunk_tokens - config.overlap_tokens)))
     size, longer = divmod(fresh, count)
     starts = [i * size + min(i, longer) for i in range(count + 1)]
-    return [ids[start : end + config.overlap_tokens] for start, end in zip(starts, starts[1:], strict=False)]
+    return [ids[start : end + config.overlap_tokens] for start, end in itertools.pairwise(starts)]
 
 
 def batch_chunks(chunks: Sequence[Sequence[int]], affixes: Affixes, pad_id: int) -> ChunkBatch:

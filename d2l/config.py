@@ -25,9 +25,11 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `values`, nested dataclasses and tuples included.
 
     Raises:
-        UserError: a field is unknown or a required one is missing; the message names it.
+        UserError: a field is unknown, a required one is missing, or a value is of the wrong kind; the message names it.
     """
     where = where or cls.__name__
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(fields)):
         raise UserError(f"{where}: unknown field(s) {', '.join(unknown)}; known: {', '.join(sorted(fields))}")
@@ -49,6 +51,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value if value is None or len(options) != 1 else _convert(options[0], value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
+    if origin is typing.Literal and value not in arguments:
+        raise UserError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
+    if origin is tuple and not isinstance(value, list | tuple):
+        raise UserError(f"{where}: expected a list, got {value!r}")
     if origin is tuple:
         return tuple(_convert(arguments[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -73,6 +79,8 @@ def load_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):

@@ -43,7 +43,7 @@ def concat_ranks(parts: Sequence[Factors]) -> Factors:
 
 
 def stack(parts: Sequence[Factors]) -> Factors:
-    """Factors [layers, rank, .] as one batch [layers, parts, rank, .]: ranks are padded with zero rows to the largest."""
+    """Factors [layers, rank, .] as one batch [layers, parts, rank, .]: zero rows fill ranks up to the largest."""
     rank = max(map(rank_of, parts))
     padded = [map_tensors(part, lambda t: pad(t, (0, 0, 0, rank - t.shape[-2]))) for part in parts]
     return _join(padded, lambda tensors: torch.stack(tensors, 1))
@@ -66,8 +66,10 @@ def split_documents(factors: Factors, chunks_per_document: Sequence[int]) -> lis
 
 
 def combine_chunks(factors: Factors, chunks_per_document: Sequence[int]) -> Factors:
-    """Chunk factors [layers, chunks, r, .] to [layers, documents, R, .], R = most chunks * r: rows of a document's chunks
-    in order, then zeros (Doc-to-LoRA, arXiv 2602.15902, on chunking)."""
+    """Chunk factors [layers, chunks, r, .] to [layers, documents, R, .], R = most chunks * r.
+
+    Rows of a document's chunks in order, then zeros (Doc-to-LoRA, arXiv 2602.15902, on chunking).
+    """
     if all(count == 1 for count in chunks_per_document):
         return factors
     return stack(split_documents(factors, chunks_per_document))
@@ -85,8 +87,8 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
         rank: rows to keep at most.
 
     Returns:
-        Factors of rank min(rank, R, largest of the modules' min(d_in, d_out)) in the input's dtype, and the relative Frobenius error over all layers and modules
-        (computed from the dropped singular values).
+        Factors of rank min(rank, R, largest of the modules' min(d_in, d_out)) in the input's dtype, and the relative
+        Frobenius error over all layers and modules (computed from the dropped singular values).
     """
     kept: Factors = {}
     rank = _reachable(factors, rank)
@@ -132,13 +134,15 @@ def sketch(factors: Factors, rank: int, iterations: int = 1) -> tuple[Factors, f
         for a_l, b_l in zip(a, b, strict=True):
             update = b_l.mT @ a_l
             range_of = update @ test
+            tiny = torch.finfo(update.dtype).tiny
             for _ in range(iterations):
-                range_of = update @ (update.mT @ (range_of / range_of.norm()))
+                range_of = update @ (update.mT @ (range_of / range_of.norm().clamp(min=tiny)))
             basis = torch.linalg.qr(range_of.float())[0]
             inside = (basis.to(a).mT @ update).float()
             energy, u = torch.linalg.eigh(inside @ inside.mT)
             energy, u = energy.flip(-1)[:rank].clamp(min=0), u.flip(-1)[:, :rank]
-            root = energy.sqrt().sqrt().clamp(min=1e-12)
+            root = energy.sqrt().sqrt()
+            root = root.clamp(min=1e-12).maximum(1e-3 * root[:1])  # else rows of no energy have A huge and B tiny
             pairs.append(LowRank(((u / root).mT @ inside).to(a), ((basis @ u) * root).mT.to(b)))
             captured += energy.sum().item()
             total += update.float().square().sum().item()

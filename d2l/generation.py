@@ -74,7 +74,7 @@ def generate(
             factors = map_tensors(factors, lambda t: t.to(base.device, base.dtype))
             rows = Rows(tuple(order[id(adapter)] if adapter else None for adapter in adapters))
             context.enter_context(inject(base, factors, rows))
-        output = base.model.generate(
+        output = base.model.generate(  # type: ignore[operator]
             input_ids=ids.to(base.device),
             attention_mask=mask.to(base.device),
             max_new_tokens=sampling.max_new_tokens,

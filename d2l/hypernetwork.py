@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from d2l import generators
@@ -105,13 +105,12 @@ class Hypernetwork(nn.Module):
             folder: created if need be.
             card: text of the model card; a line by default.
             dtype: of the stored weights; theirs by default.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
         tensors = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        (folder / "README.md").write_text(card or f"# Hypernetwork for {self.base_name}\n")
         config = {
             "format_version": FORMAT_VERSION,
             "fingerprint": _fingerprint(self.config, tensors),
@@ -119,7 +118,14 @@ class Hypernetwork(nn.Module):
             "base_digests": to_dict(self.base_digests),
             "hypernetwork": to_dict(self.config),
         }
-        save_json(config, folder / "config.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").unlink(missing_ok=True)
+            (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+            (folder / "README.md").write_text(card or f"# Hypernetwork for {self.base_name}\n")
+            save_json(config, folder / "config.json")
+        except OSError as error:
+            raise UserError(f"{folder}: hypernetwork cannot be written ({error.strerror or error})") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: BaseModel, dtype: torch.dtype | None = None) -> "Hypernetwork":
@@ -141,7 +147,9 @@ class Hypernetwork(nn.Module):
         tensors = load_tensors(folder / "model.safetensors")
         if (found := _fingerprint(config, tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
-        hypernetwork.load_state_dict({k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True)
+        hypernetwork.load_state_dict(
+            {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True
+        )
         hypernetwork._fingerprint = values["fingerprint"]
         return hypernetwork.eval()
 

@@ -9,6 +9,7 @@ their updates add up. A and B are never copied per token or per row: runs of tok
 matrix product, and equally long runs are one batched product.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,11 @@ class Segments:
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.adapters) + 1:
-            raise UserError(f"{len(self.adapters)} segments need {len(self.adapters) + 1} offsets, not {len(self.offsets)}")
+            raise UserError(
+                f"{len(self.adapters)} segments need {len(self.adapters) + 1} offsets, not {len(self.offsets)}"
+            )
+        if self.offsets[0] != 0 or any(end < start for start, end in itertools.pairwise(self.offsets)):
+            raise UserError(f"offsets of segments must rise from 0, got {self.offsets}")
 
     def segments(self, rows: int, tokens: int) -> "Segments":
         """Themselves, once they are seen to cover the batch."""
@@ -67,7 +72,13 @@ def inject(base: BaseModel, factors: Factors, placement: Placement, scale: float
         factors: A [layers, adapters, R, d_in], B [layers, adapters, R, d_out]; they cover the first `layers` layers.
         placement: which adapter each token gets.
         scale: see `HypernetworkConfig.scale`.
+
+    Raises:
+        UserError: the placement names an adapter that there is not, or (in the forward pass) does not fit the batch.
     """
+    given = next((pair.a.shape[1] for pair in factors.values()), 0)
+    if unknown := sorted({i for i in placement.adapters if i is not None} - set(range(given))):
+        raise UserError(f"{given} adapters are given, but the placement names number {unknown[0]}")
     with ExitStack() as stack:
         for name, (a, b) in factors.items():
             modules = base.targets(name)[: len(a)]
@@ -105,7 +116,7 @@ def _runs(segments: Segments) -> tuple[Run, ...]:
 
 
 def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[Run], scale: float) -> Tensor:
-    """y [tokens, d_out] plus the deltas of x [tokens, d_in]."""
+    """Y [tokens, d_out] plus the deltas of x [tokens, d_in]."""
     count = len(runs)
     length = runs[0][1] - runs[0][0] if runs else 0
     uniform = all(end - start == length for start, end, _ in runs)
@@ -113,7 +124,9 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[Run], scale:
         hidden = torch.bmm(x.view(count, length, -1), a.mT)
         return torch.baddbmm(y.view(count, length, -1), hidden, b, alpha=scale).flatten(0, 1)
     parts = [
-        y[start:end] if adapter is None else torch.addmm(y[start:end], x[start:end] @ a[adapter].mT, b[adapter], alpha=scale)
+        y[start:end]
+        if adapter is None
+        else torch.addmm(y[start:end], x[start:end] @ a[adapter].mT, b[adapter], alpha=scale)
         for start, end, adapter in runs
     ]
     return torch.cat(parts) if count > 1 else parts[0]

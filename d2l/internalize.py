@@ -103,7 +103,7 @@ class Internalizer:
                 continue
             for number, chunk in enumerate(job.chunks):
                 window.append((job, number))
-                tokens += len(chunk)
+                tokens += len(chunk) + self._affixes.length
                 if tokens >= _WINDOW_BATCHES * self.config.batch_tokens:
                     yield from self._drain(window)
                     window, tokens = [], 0
@@ -119,10 +119,9 @@ class Internalizer:
 
         A document's chunks never get longer towards its end and sorting is stable, so they stay in order.
         """
-        affixes = len(self._affixes.prefix) + len(self._affixes.suffix)
         ordered = sorted(window, key=lambda item: -len(item[0].chunks[item[1]]))
         while ordered:
-            width = affixes + len(ordered[0][0].chunks[ordered[0][1]])
+            width = self._affixes.length + len(ordered[0][0].chunks[ordered[0][1]])
             count = max(1, self.config.batch_tokens // width)
             yield from self._run(ordered[:count])
             ordered = ordered[count:]
@@ -131,7 +130,8 @@ class Internalizer:
         chunks = [job.chunks[number] for job, number in waiting]
         batch = batch_chunks(chunks, self._affixes, self.base.pad_id).to(self.base.device)
         factors = self.hypernetwork(batch)
-        for (job, _), rows in zip(waiting, split_documents(factors, [1] * len(waiting)), strict=True):
+        for (job, number), rows in zip(waiting, split_documents(factors, [1] * len(waiting)), strict=True):
+            rows = self._written(rows, len(job.chunks[number]))
             job.rows = rows if job.rows is None else concat_ranks([job.rows, rows])
             job.done += 1
             finished = job.done == len(job.chunks)
@@ -141,6 +141,13 @@ class Internalizer:
                 job.error += error
             if finished:
                 yield job.index, self._finish(job)
+
+    def _written(self, rows: Factors, tokens: int) -> Factors:
+        """A chunk's rows without those of affixes and padding, which are zero: there, ranks depend on the batch."""
+        if not self.hypernetwork.generator.token_rows:
+            return rows
+        start = len(self._affixes.prefix)
+        return map_tensors(rows, lambda t: t[:, start : start + tokens])
 
     def _finish(self, job: _Job) -> Adapter:
         assert job.rows is not None

@@ -1,10 +1,12 @@
 """The facade: documents in, adapters out, answers from them.
 
-    model = DocToLora.from_pretrained()                 # the shipped hypernetwork and its base model
-    adapter = model.internalize("The special magic number is 4821.")
-    model.generate("What is the special magic number? Reply with only the number.", adapter)
+>>> model = DocToLora.from_pretrained()  # the shipped hypernetwork and its base model
+>>> adapter = model.internalize("The special magic number is 4821.")
+>>> model.generate("What is the special magic number? Reply with only the number.", adapter)
+'4821'
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -86,23 +88,28 @@ class DocToLora:
         return self.generate_batch([messages], [adapter], sampling)[0]
 
     def generate_batch(
-        self, conversations: Sequence[Messages], adapters: Sequence[Adapter | None], sampling: SamplingConfig | None = None
+        self,
+        conversations: Sequence[Messages],
+        adapters: Sequence[Adapter | None],
+        sampling: SamplingConfig | None = None,
     ) -> list[str]:
         """Answers of several conversations in one batch, each with its own adapter or none."""
         prompts = [self._prompt(messages) for messages in conversations]
         for adapter in adapters:
-            if adapter:
-                adapter.check(self.base)
+            self._check(adapter)
         answers = generation.generate(self.base, prompts, adapters, sampling)
-        return [self.base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        return [str(self.base.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
     def stream(
         self, messages: Messages, adapter: Adapter | None = None, sampling: SamplingConfig | None = None
     ) -> Iterator[str]:
         """Pieces of the assistant's answer as they are generated."""
-        if adapter:
-            adapter.check(self.base)
+        self._check(adapter)
         return generation.stream(self.base, self._prompt(messages), adapter, sampling)
+
+    def _check(self, adapter: Adapter | None) -> None:
+        for warning in adapter.check(self.base) if adapter else ():
+            warnings.warn(warning, stacklevel=3)
 
     def _prompt(self, messages: Messages) -> list[int]:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter
+from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, seal
 from d2l.chunking import ChunkingConfig
 from d2l.config import to_dict
 from d2l.errors import UserError
@@ -45,8 +45,7 @@ class AdapterStore:
                     # An unfinished write of the same work: those weights, equal up to rounding, are the adapter's now.
                     weights = self.storage.read(f"{folder}/{WEIGHTS_FILE}")
                     details = json.loads(files[PROVENANCE_FILE])
-                    details["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-                    files[PROVENANCE_FILE] = json.dumps(details, indent=2, sort_keys=True).encode()
+                    files[PROVENANCE_FILE] = seal(details | {"weights_sha256": hashlib.sha256(weights).hexdigest()})
         return sum(map(len, files.values()))
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:

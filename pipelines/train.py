@@ -4,6 +4,7 @@ The run's folder holds Ray Train's checkpoints (`checkpoints/`), the trained hyp
 of the curves. The same command continues a run that was stopped, in the same MLflow run.
 """
 
+import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,10 +117,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise UserError(f"{output}: the run ended without a checkpoint; see the messages above")
         with result.checkpoint.as_directory() as folder:
             hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
-        hypernetwork.save_pretrained(output / "hypernetwork", dtype=base.dtype)
+        metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, int | float)}
+        hypernetwork.save_pretrained(output / "hypernetwork", _card(base.name, config, recipe, metrics), base.dtype)
         client.log_artifacts(record.run_id, str(output / "hypernetwork"), "hypernetwork")
         tracking.plot_curves(client, record.run_id, output / "curves.png")
-    metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, int | float)}
     return {
         "steps": recipe.steps,
         "seconds": round(time.perf_counter() - began, 1),
@@ -127,6 +128,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "hypernetwork": str(output / "hypernetwork"),
         "mlflow_run": record.run_id,
     }
+
+
+def _card(base: str, config: TrainConfig, recipe: Recipe, metrics: dict[str, float]) -> str:
+    """The model card: what it is for, how it was made, how well it did on its last batch."""
+    scores = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    return (
+        f"# Hypernetwork for {base}\n\n"
+        f"Reads a document once and writes a LoRA adapter for `{base}` (Doc-to-LoRA, arXiv 2602.15902).\n\n"
+        f"Started from: {config.init_from or 'scratch'}. Workers: {config.workers}. Last batch:\n\n"
+        f"| metric | value |\n|---|---|\n{scores}\n"
+        f"Recipe:\n\n```json\n{json.dumps(to_dict(recipe), indent=2)}\n```\n"
+    )
 
 
 def _last_step(output: Path) -> int:

@@ -118,9 +118,9 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     """
     resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
     Catalogue(config.store)
+    _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():
-            _check_port(config)
             ray.init(os.environ.get("RAY_ADDRESS", "local"))  # not whatever other cluster this machine runs
             cleanup.callback(ray.shutdown)
             cleanup.callback(serve.shutdown)

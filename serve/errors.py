@@ -62,8 +62,7 @@ def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
     """The JSON body of an error."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    message = error.message.encode(errors="replace").decode()  # names of unknown fields may be no valid Unicode
-    return {"error": {"message": message, "type": kind, "param": None, "code": error.code}}
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
 
 
 def handle_errors(app: FastAPI) -> None:

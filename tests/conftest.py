@@ -4,10 +4,13 @@ import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,7 +22,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from d2l.adapter import Adapter, Provenance
 from d2l.base_model import BaseModel, load_base_model
+from d2l.chunking import Affixes, ChunkBatch, ChunkingConfig, batch_chunks
+from d2l.context_encoder import EncoderConfig
+from d2l.factors import Factors, LowRank, concat_ranks, rank_of
+from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
+
+hypothesis.settings.register_profile("shared machine", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("shared machine")
 
 SENTENCES = (
     "The magic number of the blue harbour is 4821. Remember it.",
@@ -135,3 +146,79 @@ def s3_bucket(s3_server: str) -> str:
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store's root of each kind."""
     return f"{request.getfixturevalue('s3_bucket')}/some/where" if request.param == "s3" else str(tmp_path / "store")
+
+
+GENERATORS: dict[str, dict[str, Any]] = {
+    "outer_product": {
+        "generator_config": {"key_rank": 4, "value_width": 8},
+        "encoder": EncoderConfig("activations"),
+    },
+    "perceiver": {
+        "generator_config": {"width": 16, "latents": 3, "blocks": 1, "heads": 2, "kv_heads": 1, "head_dim": 8},
+        "encoder": EncoderConfig("early_exit"),
+    },
+}
+
+
+def randomize(module: nn.Module, seed: int = 0, spread: float = 0.3) -> None:
+    """Fill the parameters that start at zero with noise, so that what a hypernetwork writes is not the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+
+
+def tiny_hypernetwork(
+    base: BaseModel, generator: str = "outer_product", trained: bool = True, seed: int = 0, **fields: Any
+) -> Hypernetwork:
+    """A small random hypernetwork, as at the start of training or as if trained."""
+    defaults = {"bias_rank": 2, "chunking": ChunkingConfig(max_chunk_tokens=16), "target_modules": ("down_proj",)}
+    config = HypernetworkConfig(generator=generator, **(GENERATORS[generator] | defaults | fields))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hypernetwork = Hypernetwork(config, base)
+    if trained:
+        randomize(hypernetwork, seed)
+    return hypernetwork.eval()
+
+
+def random_chunks(base: BaseModel, *lengths: int, seed: int = 0) -> ChunkBatch:
+    """A batch of chunks of random ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, base.model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return batch_chunks(ids, Affixes.of(base.tokenizer), base.pad_id)
+
+
+def random_factors(
+    base: BaseModel, rank: int, seed: int = 0, modules: tuple[str, ...] = ("down_proj",), layers: int | None = None
+) -> Factors:
+    """Random A [layers, rank, d_in] and B [layers, rank, d_out], large enough to change every logit."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name in modules:
+        targets = base.targets(name)[:layers]
+        sizes = (targets[0].in_features, targets[0].out_features)
+        factors[name] = LowRank(*(torch.randn(len(targets), rank, n, generator=generator) * 0.3 for n in sizes))
+    return factors
+
+
+def random_adapter(
+    base: BaseModel, rank: int = 5, seed: int = 0, bias: Factors | None = None, hypernetwork: str = "f" * 16, **kw: Any
+) -> Adapter:
+    """An adapter of `rank` random document rows and the given bias block."""
+    rows = random_factors(base, rank, seed, **kw)
+    factors = concat_ranks([rows, bias]) if bias else rows
+    origin = Provenance(f"{seed:064x}", 10 * (seed + 1), seed + 1, hypernetwork, base.name, base.digests)
+    paths = {name: base.target_paths(name)[: len(pair.a)] for name, pair in factors.items()}
+    return Adapter(factors, rank_of(bias or {}), 0.7, paths, origin)
+
+
+def delta(factors: Factors, scale: float = 1.0) -> dict[str, Tensor]:
+    """The weight updates [layers, ..., d_out, d_in] of each module, in double precision."""
+    return {name: scale * b.double().mT @ a.double() for name, (a, b) in factors.items()}
+
+
+def assert_same_update(left: Factors, right: Factors, tolerance: float = 1e-5) -> None:
+    """Both factorise the same weight updates."""
+    torch.testing.assert_close(delta(left), delta(right), atol=tolerance, rtol=tolerance)

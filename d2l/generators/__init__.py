@@ -4,10 +4,12 @@ A file `d2l/generators/NAME.py` defines a frozen dataclass `Config` (its sizes) 
 
     class Generator(nn.Module):
         encoder_kinds: ClassVar[tuple[str, ...]]       # which context encoders it can read
+        token_rows: ClassVar[bool]                     # whether row t of a chunk is what its token t writes
         def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int): ...
-        def forward(self, features: Features) -> Factors: ...    # A [layers, chunks, r, d_in], B [layers, chunks, r, d_out]
+        def forward(self, features: Features) -> Factors: ...
 
-and must start as the identity (B zero), so that an untrained hypernetwork changes nothing.
+whose factors are A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]. It must start as the identity (B zero),
+so that an untrained hypernetwork changes nothing.
 """
 
 import importlib

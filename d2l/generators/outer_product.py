@@ -37,14 +37,13 @@ class Generator(nn.Module):
     """Rows for every content token: A [layers, chunks, tokens, d_in], B [layers, chunks, tokens, d_out]."""
 
     encoder_kinds: ClassVar[tuple[str, ...]] = ("activations",)
+    token_rows: ClassVar[bool] = True
 
     def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int):
         super().__init__()
         self.writers = nn.ModuleDict(
             {
-                name: nn.ModuleList(
-                    [_Writer(config, shapes.hidden_size, d_in, d_out) for _ in range(shapes.layers)]
-                )
+                name: nn.ModuleList([_Writer(config, shapes.hidden_size, d_in, d_out) for _ in range(shapes.layers)])
                 for name, (d_in, d_out) in shapes.modules.items()
             }
         )
@@ -54,9 +53,13 @@ class Generator(nn.Module):
         weights_N1T = (features.content / features.content.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)
         weights_N1T = weights_N1T.to(features.final.dtype)
         final = _unit_rms(features.final)
-        contexts = [torch.cat([h, F.pad(h[:, 1:], (0, 0, 0, 1)), final], -1) for h in map(_unit_rms, features.streams)]
+        padding_NT1 = ~features.mask.unsqueeze(-1)
+        # Without padding, so that a last token that no suffix follows has the same successor in every batch: zeros.
+        streams = [_unit_rms(h).masked_fill_(padding_NT1, 0) for h in features.streams]
+        contexts = [torch.cat([h, F.pad(h[:, 1:], (0, 0, 0, 1)), final], -1) for h in streams]
         factors = {}
         for name, writers in self.writers.items():
+            assert isinstance(writers, nn.ModuleList)
             pairs = [
                 writer(x, context, weights_N1T)
                 for writer, x, context in zip(writers, features.inputs[name], contexts, strict=True)

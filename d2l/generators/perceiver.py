@@ -60,6 +60,7 @@ class Generator(nn.Module):
     """`rank` rows per module and layer: A [layers, chunks, rank, d_in], B [layers, chunks, rank, d_out]."""
 
     encoder_kinds: ClassVar[tuple[str, ...]] = ("early_exit", "per_layer")
+    token_rows: ClassVar[bool] = False
 
     def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int):
         super().__init__()

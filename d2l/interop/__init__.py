@@ -1,0 +1,1 @@
+"""Checkpoints of other implementations, in and out."""

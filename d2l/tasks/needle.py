@@ -1,9 +1,9 @@
 """The needle task: a number hidden in a long text.
 
-The paper's setting (Doc-to-LoRA, arXiv 2602.15902; filler after RULER, arXiv 2404.06654) hides "The special magic number is
-1234." among repeated filler; several needles, and distractors of the same form, get keys: "The special magic number for
-violet-harbor is 1234.". Real prose may stand in for the filler. Documents have exactly the asked number of tokens, up to
-the few that tokens may merge at a seam; everything follows from the seed.
+The paper's setting (Doc-to-LoRA, arXiv 2602.15902; filler after RULER, arXiv 2404.06654) hides "The special magic
+number is 1234." among repeated filler; several needles, and distractors of the same form, get keys: "The special magic
+number for violet-harbor is 1234.". Real prose may stand in for the filler. Documents have exactly the asked number of
+tokens, up to the few that tokens may merge at a seam; everything follows from the seed.
 """
 
 import random
@@ -18,8 +18,12 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 DIGITS = 4
 _CHARACTERS_PER_TOKEN = 4
 _INSTRUCTION = "Reply with only the number."
-_COLORS = "amber azure black bronze coral crimson golden green indigo ivory olive pearl ruby silver violet white".split()
-_NOUNS = "anchor basin candle canyon falcon forest garden harbor island lantern meadow mirror orchard river tower valley".split()
+_COLORS = str.split(
+    "amber azure black bronze coral crimson golden green indigo ivory olive pearl ruby silver violet white"
+)
+_NOUNS = str.split(
+    "anchor basin candle canyon falcon forest garden harbor island lantern meadow mirror orchard river tower valley"
+)
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,24 @@ def _haystack(tokenizer: PreTrainedTokenizerBase, tokens: int, rng: random.Rando
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    prose = [text for text in prose if text.strip()]
     ids: list[int] = []
     while prose and len(ids) < tokens:
         text = prose[rng.randrange(len(prose))]
         start = rng.randrange(max(1, len(text) - _CHARACTERS_PER_TOKEN * tokens))
         start = max(0, text.find(". ", start) + 1)  # the end of a sentence, or the start of the text
-        ids += encode(text[start : start + 2 * _CHARACTERS_PER_TOKEN * tokens])
+        words = text[start : start + 2 * _CHARACTERS_PER_TOKEN * tokens].split()
+        ids += encode(" " + " ".join(words))  # spaced as sentences are once cut and joined again
     if not prose:
         block = encode(" " + FILLER)
         start = rng.randrange(len(block))  # so that needles meet chunk borders and positions of every kind
         ids = (block * (tokens // len(block) + 2))[start:]
-    text = tokenizer.decode(ids[:tokens]).strip()
+    text = str(tokenizer.decode(ids[:tokens])).strip()
     return [part.strip() for part in _sentences(text)]
 
 
 def _sentences(text: str) -> list[str]:
-    parts = text.replace("\n", " ").split(". ")
+    parts = text.split(". ")
     return [part + "." for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
 
 

@@ -1,5 +1,7 @@
 """Model names: what they mean, and what is refused."""
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,25 @@ def test_parse(name: str, expected: ModelName):
 
 @pytest.mark.parametrize(
     "rest",
-    ["", "+", "a+", "+a", "a++b", "a:b", "a b", "a/b", "../a", "é", "%", "%2", "%zz", "%ff", "a@", "a@12", f"a@{VERSION}0"],
+    [
+        "",
+        "+",
+        "a+",
+        "+a",
+        "a++b",
+        "a:b",
+        "a b",
+        "a/b",
+        "../a",
+        "é",
+        "%",
+        "%2",
+        "%zz",
+        "%ff",
+        "a@",
+        "a@12",
+        f"a@{VERSION}0",
+    ],
 )
 def test_refused(rest: str):
     with pytest.raises(UserError, match="not a document id"):
@@ -59,7 +79,5 @@ def test_every_document_has_a_name(doc_id: str):
 
 @given(st.text())
 def test_any_text_is_read_or_refused(name: str):
-    try:
+    with suppress(UserError):
         ModelName.parse(name)
-    except UserError:
-        pass

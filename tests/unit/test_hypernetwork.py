@@ -1,0 +1,184 @@
+"""Hypernetworks: the identity before training, exact on disk, and what is refused."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2l.base_model import BaseModel
+from d2l.context_encoder import EncoderConfig
+from d2l.errors import UserError
+from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, base_model_of
+from d2l.injection import Rows, inject
+from tests.conftest import GENERATORS, delta, random_chunks, tiny_hypernetwork
+
+MODULES = ("down_proj", "k_proj")
+
+
+@pytest.fixture(params=GENERATORS)
+def generator(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def same_factors(one: Hypernetwork, other: Hypernetwork, base: BaseModel) -> bool:
+    left, right = (h(random_chunks(base, 7, 4)) for h in (one, other))
+    return all(torch.equal(x, y) for name in left for x, y in zip(left[name], right[name], strict=True))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file, or leave them out where None."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+@torch.no_grad()
+def test_untrained_it_is_exactly_the_identity(tiny_base: BaseModel, generator: str) -> None:
+    hypernetwork = tiny_hypernetwork(tiny_base, generator, trained=False, target_modules=MODULES)
+    factors = hypernetwork(random_chunks(tiny_base, 9, 5, 7))
+    bias = {name: type(pair)(*(t.unsqueeze(1) for t in pair)) for name, pair in hypernetwork.bias_factors().items()}
+    assert all(pair.a.any() and set(factors) == set(MODULES) for part in (factors, bias) for pair in part.values())
+    ids = random_chunks(tiny_base, 6, 6, 6, seed=1).ids
+    unadapted = tiny_base.model(ids).logits
+    with inject(tiny_base, factors, Rows((0, 1, 2)), 3.0), inject(tiny_base, bias, Rows((0, 0, 0)), 3.0):
+        assert torch.equal(tiny_base.model(ids).logits, unadapted)
+    trained = tiny_hypernetwork(tiny_base, generator, target_modules=MODULES)
+    with inject(tiny_base, trained(random_chunks(tiny_base, 9, 5, 7)), Rows((0, 1, 2)), 3.0):
+        assert not torch.allclose(tiny_base.model(ids).logits, unadapted, atol=1e-2)
+
+
+def test_save_and_load_is_exact(tiny_base: BaseModel, tmp_path: Path, generator: str) -> None:
+    hypernetwork = tiny_hypernetwork(tiny_base, generator, target_modules=MODULES)
+    hypernetwork.save_pretrained(tmp_path, card="# Card\n")
+    found = Hypernetwork.from_pretrained(tmp_path, tiny_base)
+    assert found.config == hypernetwork.config
+    assert found.fingerprint() == hypernetwork.fingerprint()
+    assert all(torch.equal(t, found.state_dict()[name]) for name, t in hypernetwork.state_dict().items())
+    assert same_factors(found, hypernetwork, tiny_base)
+    assert (tmp_path / "README.md").read_text() == "# Card\n"
+    assert base_model_of(tmp_path) == tiny_base.name
+
+
+def test_weights_and_configuration_make_the_fingerprint(tiny_llama: BaseModel) -> None:
+    fingerprints = {
+        tiny_hypernetwork(tiny_llama, **fields).fingerprint()
+        for fields in ({}, {}, {"seed": 1}, {"trained": False}, {"scale": 2.0}, {"bias_rank": 1})
+    }
+    assert len(fingerprints) == 5
+
+
+def test_training_changes_the_fingerprint(tiny_llama: BaseModel, tmp_path: Path, generator: str) -> None:
+    tiny_hypernetwork(tiny_llama, generator).save_pretrained(tmp_path)
+    hypernetwork = Hypernetwork.from_pretrained(tmp_path, tiny_llama)
+    loaded = hypernetwork.fingerprint()
+    hypernetwork.train()
+    optimizer = torch.optim.SGD(hypernetwork.parameters(), lr=0.1)
+    sum(t.square().sum() for pair in hypernetwork(random_chunks(tiny_llama, 5)).values() for t in pair).backward()
+    optimizer.step()
+    trained = hypernetwork.eval().fingerprint()
+    assert trained != loaded
+    hypernetwork.save_pretrained(tmp_path / "trained")
+    assert Hypernetwork.from_pretrained(tmp_path / "trained", tiny_llama).fingerprint() == trained
+
+
+def test_weights_shipped_in_bfloat16_run_in_float32(tiny_llama: BaseModel, tmp_path: Path, generator: str) -> None:
+    hypernetwork = tiny_hypernetwork(tiny_llama, generator)
+    hypernetwork.save_pretrained(tmp_path / "shipped", dtype=torch.bfloat16)
+    found = Hypernetwork.from_pretrained(tmp_path / "shipped", tiny_llama)
+    assert all(torch.equal(found.state_dict()[k], t.bfloat16().float()) for k, t in hypernetwork.state_dict().items())
+    found.save_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("shipped", "again")]
+    assert files[0] == files[1]
+    assert Hypernetwork.from_pretrained(tmp_path / "again", tiny_llama).fingerprint() == found.fingerprint()
+    assert found.fingerprint() != hypernetwork.fingerprint()
+    (exact,), (rounded,) = (delta(h(random_chunks(tiny_llama, 5))).values() for h in (hypernetwork, found))
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def test_another_base_model_is_refused(
+    tiny_llama: BaseModel, tiny_mistral: BaseModel, tmp_path: Path, generator: str
+) -> None:
+    folder = tmp_path / "hypernetwork"
+    tiny_hypernetwork(tiny_llama, generator).save_pretrained(folder)
+    wanted = f"architecture digest {tiny_llama.digests.architecture} != {tiny_mistral.digests.architecture}"
+    with pytest.raises(UserError, match=f"{folder} .for {tiny_llama.name}. was made for another base model: {wanted}"):
+        Hypernetwork.from_pretrained(folder, tiny_mistral)
+
+
+def test_other_weights_of_the_base_model_are_warned_about(tiny_llama: BaseModel, tmp_path: Path) -> None:
+    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path)
+    digests = json.loads((tmp_path / "config.json").read_text())["base_digests"]
+    edit(tmp_path / "config.json", base_digests=digests | {"weights": "other"})
+    with pytest.warns(UserWarning, match=f"weights digest other != {tiny_llama.digests.weights}"):
+        Hypernetwork.from_pretrained(tmp_path, tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", r"model\.safetensors: truncated or not a safetensors file"),
+        ("flipped", r"weights have digest [0-9a-f]{16}, config\.json says [0-9a-f]{16}: damaged"),
+        ("no weights", r"model\.safetensors: no such file"),
+        ("no folder", r"config\.json: no such file"),
+        ("other version", r"format version 99, this code reads 1"),
+        ("missing field", r"config\.json: not a hypernetwork checkpoint, it lacks base_digests, fingerprint"),
+        ("unknown setting", r"config\.json: hypernetwork: unknown field\(s\) colour"),
+        ("other setting", r"weights have digest [0-9a-f]{16}, config\.json says [0-9a-f]{16}: damaged"),
+        ("unknown encoder", r"hypernetwork\.encoder\.kind: expected one of early_exit, .*, got 'psychic'"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tiny_llama: BaseModel, tmp_path: Path, damage: str, message: str) -> None:
+    folder = tmp_path / "hypernetwork"
+    tiny_hypernetwork(tiny_llama).save_pretrained(folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())["hypernetwork"]
+    match damage:
+        case "truncated":
+            weights.write_bytes(whole[:-100])
+        case "flipped":
+            weights.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+        case "no weights":
+            weights.unlink()
+        case "no folder":
+            folder = folder / "missing"
+        case "other version":
+            edit(config, format_version=99)
+        case "missing field":
+            edit(config, base_digests=None, fingerprint=None)
+        case "unknown setting":
+            edit(config, hypernetwork=settings | {"colour": "red"})
+        case "other setting":
+            edit(config, hypernetwork=settings | {"scale": 2.0})
+        case "unknown encoder":
+            edit(config, hypernetwork=settings | {"encoder": {"kind": "psychic"}})
+    with pytest.raises(UserError, match=f"hypernetwork.*{message}"):
+        Hypernetwork.from_pretrained(folder, tiny_llama)
+
+
+def test_a_full_disk_leaves_no_checkpoint(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_text(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(UserError, match="hypernetwork cannot be written .No space left on device"):
+        tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generator": "oracle"}, "generator 'oracle' unknown; there are: outer_product, perceiver"),
+        ({"encoder": EncoderConfig("early_exit")}, "generator outer_product reads activations, not 'early_exit'"),
+        ({"generator_config": {"depth": 3}}, r"generator outer_product: unknown field\(s\) depth"),
+        ({"target_modules": ("c_attn",)}, "no linear module 'c_attn' in every layer; it has down_proj"),
+    ],
+)
+def test_impossible_hypernetworks_are_refused(tiny_llama: BaseModel, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Hypernetwork(HypernetworkConfig(**fields), tiny_llama)
