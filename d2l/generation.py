@@ -2,18 +2,15 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
-from d2l.factors import map_tensors, stack
-from d2l.injection import Rows, inject
+from d2l.injection import inject, place_rows
 
 
 @dataclass(frozen=True)
@@ -63,25 +60,22 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature > 0:
-        choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    with ExitStack() as context:
-        distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
-        if distinct:
-            order = {id(adapter): i for i, adapter in enumerate(distinct)}
-            factors = stack([adapter.scaled_factors() for adapter in distinct])
-            factors = map_tensors(factors, lambda t: t.to(base.device, base.dtype))
-            rows = Rows(tuple(order[id(adapter)] if adapter else None for adapter in adapters))
-            context.enter_context(inject(base, factors, rows))
+    choice = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or 1.0,
+        top_p=sampling.top_p,
+        top_k=0,
+        repetition_penalty=1.0,  # what is not set here is taken from the base model's own configuration
+        eos_token_id=base.stop_ids,
+        pad_token_id=base.pad_id,
+    )
+    with inject(base, *place_rows(base, adapters)):
         output = base.model.generate(  # type: ignore[operator]
             input_ids=ids.to(base.device),
             attention_mask=mask.to(base.device),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=base.stop_ids,
-            pad_token_id=base.pad_id,
+            generation_config=choice,
             streamer=streamer,
-            **choice,
         )
     return [_until_stop(row, base.stop_ids) for row in output[:, width:].tolist()]
 

@@ -18,9 +18,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
-from d2l.factors import Factors
+from d2l.factors import Factors, map_tensors, stack
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class Segments:
 
 
 Placement = Rows | Segments
+
+
+def place_rows(base: BaseModel, adapters: Sequence[Adapter | None]) -> tuple[Factors, Rows]:
+    """The distinct adapters of a batch as one stack on the base model's device, scales included, and each row's place.
+
+    No factors where no row has an adapter. The same object is one adapter.
+    """
+    distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
+    order = {id(adapter): i for i, adapter in enumerate(distinct)}
+    rows = Rows(tuple(order[id(adapter)] if adapter else None for adapter in adapters))
+    factors = stack([adapter.scaled_factors() for adapter in distinct]) if distinct else {}
+    return map_tensors(factors, lambda t: t.to(base.device, base.dtype)), rows
 
 
 @contextmanager

@@ -17,6 +17,6 @@ def connect() -> None:
         slots = {"num_cpus": max(8, os.cpu_count() or 1)} if local else {}
         if local:
             os.environ.setdefault("RAY_worker_niceness", "0")  # the job is what this machine is for
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, **slots)
+        ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=True, **slots)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

@@ -25,10 +25,10 @@ from pipelines.training_data import needle_dataset
 from pipelines.training_loop import PROGRESS_FILE, train_worker
 
 _WORKER_ENVIRONMENT = {
-    # Activations are hundreds of megabytes: without these, glibc maps and unmaps them anew every step.
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(1 << 30),
+    # By default glibc gives activations of tens of megabytes back to the system and faults them in again every step;
+    # much larger ones it should give back, or fragments pile up.
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
     # A thread that spins at a barrier steals the core that its partner waits for.
     "OMP_WAIT_POLICY": "PASSIVE",
 }

@@ -5,7 +5,6 @@ and stop strings, be read while it grows, and leave when it is done or nobody wa
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.factors import map_tensors, stack
 from d2l.generation import SamplingConfig
-from d2l.injection import Rows, inject
+from d2l.injection import Rows, inject, place_rows
 
 
 class DecodingBatch:
@@ -29,18 +27,13 @@ class DecodingBatch:
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self._new_RT = torch.tensor(ids, device=base.device)
         self._mask_RT = torch.tensor(mask, device=base.device)
-        distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
-        order = {id(adapter): i for i, adapter in enumerate(distinct)}
-        self._rows = Rows(tuple(order[id(adapter)] if adapter else None for adapter in adapters))
-        self._factors = stack([adapter.scaled_factors() for adapter in distinct]) if distinct else {}
-        self._factors = map_tensors(self._factors, lambda t: t.to(base.device, base.dtype))
+        self._factors, self._rows = place_rows(base, adapters)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Run the new tokens: logits [rows, vocabulary] of each row's next one, in fp32."""
         positions = (self._mask_RT.cumsum(1) - 1).clamp(min=0)[:, -self._new_RT.shape[1] :]
-        adapted = any(adapter is not None for adapter in self._rows.adapters)
-        with inject(self._base, self._factors, self._rows) if adapted else nullcontext():
+        with inject(self._base, self._factors, self._rows):
             output = self._base.model(
                 input_ids=self._new_RT,
                 attention_mask=self._mask_RT,
