@@ -1,6 +1,7 @@
 """Tiny random base models: one of each architecture that the library promises to work with."""
 
 import logging
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,13 +118,21 @@ def tiny_base(request: pytest.FixtureRequest) -> BaseModel:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """An S3 server in a thread, and the environment that leads to it; Ray has to be started after it."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    put, one_at_a_time = S3Response.put_object, threading.Lock()
+
+    def atomic_put(self: S3Response) -> object:
+        with one_at_a_time:  # moto looks for the object, then writes it: two conditional puts could both succeed
+            return put(self)
+
     with pytest.MonkeyPatch.context() as environment:
+        environment.setattr(S3Response, "put_object", atomic_put)
         environment.setenv("AWS_ENDPOINT_URL", endpoint)
         environment.setenv("AWS_ACCESS_KEY_ID", "test")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "test")

@@ -1,6 +1,7 @@
 """Documents to chunks: nothing is lost, nothing is repeated but the overlap, and what is no text is refused."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_chunks_are_few_even_and_cover_the_document(length: int, config: Chunkin
     chunks = split_evenly(ids, config)
     sizes = [len(chunk) for chunk in chunks]
     assert list(chunks[0]) + [token for chunk in chunks[1:] for token in chunk[overlap:]] == ids
-    assert all(list(left)[-overlap:] == list(right)[:overlap] for left, right in zip(chunks, chunks[1:], strict=False) if overlap)
+    assert all(list(left)[-overlap:] == list(right)[:overlap] for left, right in itertools.pairwise(chunks) if overlap)
     assert max(sizes) <= config.max_chunk_tokens
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] - sizes[-1] <= 1
@@ -45,7 +46,11 @@ def test_chunks_are_few_even_and_cover_the_document(length: int, config: Chunkin
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"max_chunk_tokens": 0}, "max_chunk_tokens"), ({"overlap_tokens": 256}, "overlap"), ({"overlap_tokens": -1}, "overlap")],
+    [
+        ({"max_chunk_tokens": 0}, "max_chunk_tokens"),
+        ({"overlap_tokens": 256}, "overlap"),
+        ({"overlap_tokens": -1}, "overlap"),
+    ],
 )
 def test_impossible_chunk_sizes_are_refused(fields: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -91,7 +91,9 @@ def test_documents_get_their_own_chunks_in_order(counts: list[int], rank: int, s
 
 @pytest.mark.parametrize("function", COMPRESSIONS)
 @given(rank=ranks, true_rank=st.integers(1, 4), seed=seeds)
-def test_compressing_is_exact_where_the_rank_allows(function: Compression, rank: int, true_rank: int, seed: int) -> None:
+def test_compressing_is_exact_where_the_rank_allows(
+    function: Compression, rank: int, true_rank: int, seed: int
+) -> None:
     factors = make(12, seed, true_rank=true_rank)
     assume(rank >= true_rank)
     small, error = function(factors, rank)

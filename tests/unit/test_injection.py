@@ -72,9 +72,7 @@ def test_ranks_may_differ_and_rows_may_have_none(tiny_base: BaseModel) -> None:
 
 
 @given(st.lists(st.none() | st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 4))
-def test_adapters_may_be_shared_in_any_order(
-    tiny_llama: BaseModel, adapters: list[int | None], tokens: int
-) -> None:
+def test_adapters_may_be_shared_in_any_order(tiny_llama: BaseModel, adapters: list[int | None], tokens: int) -> None:
     """On one module, against each token on its own."""
     linear = tiny_llama.targets("down_proj")[1]
     factors = stack(several(tiny_llama, 2, 5, 1))
@@ -91,9 +89,7 @@ def test_adapters_may_be_shared_in_any_order(
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.none() | st.integers(0, 2)), min_size=1, max_size=7), st.booleans())
-def test_segments_may_lie_anywhere(
-    tiny_llama: BaseModel, segments: list[tuple[int, int | None]], flat: bool
-) -> None:
+def test_segments_may_lie_anywhere(tiny_llama: BaseModel, segments: list[tuple[int, int | None]], flat: bool) -> None:
     """Of any lengths, empty ones too, over row ends, in batches [rows, tokens] and [tokens]."""
     total = sum(length for length, _ in segments)
     segments = [*segments, (1 + total % 2, 0)]  # an even number of tokens
@@ -105,7 +101,9 @@ def test_segments_may_lie_anywhere(
     with inject(tiny_llama, factors, placement):
         y = linear(x if flat or len(owners) % 2 else x.view(2, -1, x.shape[-1])).view(len(owners), -1)
     a, b = (t[0] for t in factors["k_proj"])
-    expected = [linear(x_t) + (b[i].mT @ (a[i] @ x_t) if i is not None else 0) for x_t, i in zip(x, owners, strict=True)]
+    expected = [
+        linear(x_t) + (b[i].mT @ (a[i] @ x_t) if i is not None else 0) for x_t, i in zip(x, owners, strict=True)
+    ]
     torch.testing.assert_close(y, torch.stack(expected), atol=1e-4, rtol=0)
 
 
@@ -192,7 +190,9 @@ def test_gradients_are_those_of_the_merged_weights(tiny_base: BaseModel) -> None
             return tiny_base.model(ids, use_cache=False).logits
 
     actual = gradients(injected)
-    expected = gradients(lambda leaves: torch.stack([merged(tiny_base, ids[r], leaves[i]) for r, i in enumerate((1, 0, 1))]))
+    expected = gradients(
+        lambda leaves: torch.stack([merged(tiny_base, ids[r], leaves[i]) for r, i in enumerate((1, 0, 1))])
+    )
     assert all(g.flatten(1).any(1).all() for g in expected)  # in every layer
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
     assert all(p.grad is None for p in tiny_base.model.parameters())

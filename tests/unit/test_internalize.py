@@ -1,4 +1,4 @@
-"""Documents to adapters: each as if it were alone, whatever the batches, with bounded rank and bounded reading ahead."""
+"""Documents to adapters: each as if it were alone, whatever the batches; ranks and reading ahead are bounded."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +10,27 @@ from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.chunking import Affixes, ChunkingConfig, batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
-from d2l.factors import Factors, concat_ranks, split_documents
+from d2l.factors import Factors, split_documents
 from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 from tests.conftest import GENERATORS, assert_same_update, delta, tiny_hypernetwork
 
-WORDS = ("the", "magic", "number", "of", "blue", "harbour", "is", "frozen", "model", "reads", "documents", "once", "and", "what")
+WORDS = (
+    "the",
+    "magic",
+    "number",
+    "of",
+    "blue",
+    "harbour",
+    "is",
+    "frozen",
+    "model",
+    "reads",
+    "documents",
+    "once",
+    "and",
+    "what",
+)
 
 
 def text(words: int, seed: int = 0) -> str:
@@ -46,17 +61,25 @@ class Encoded:
 
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("overlap", [0, 3])
-def test_a_document_does_not_depend_on_its_neighbours(tiny_llama: BaseModel, generator: str, overlap: int) -> None:
+@pytest.mark.parametrize("max_rank", [34, 12])
+def test_a_document_does_not_depend_on_its_neighbours(
+    tiny_llama: BaseModel, generator: str, overlap: int, max_rank: int
+) -> None:
     hypernetwork = tiny_hypernetwork(tiny_llama, generator, chunking=ChunkingConfig(16, overlap))
     many = documents(3, 90, 1, 14, 40, 200, 8, 15)
-    config = InternalizeConfig(max_rank=12, batch_tokens=100, compress_rows=24)
-    together = Internalizer(tiny_llama, hypernetwork, config)(many)
-    other_batches = InternalizeConfig(max_rank=12, batch_tokens=20, compress_rows=24)
+    settings = {"max_rank": max_rank, "compress_rows": 40}
+    together = Internalizer(tiny_llama, hypernetwork, InternalizeConfig(batch_tokens=100, **settings))(many)
+    internalizer = Internalizer(tiny_llama, hypernetwork, InternalizeConfig(batch_tokens=20, **settings))
     for document, adapter in zip(many, together, strict=True):
-        (alone,) = Internalizer(tiny_llama, hypernetwork, other_batches)([document])
+        (alone,) = internalizer([document])
         assert alone.rank == adapter.rank
-        assert_same_update(alone.factors, adapter.factors, 1e-4)
-        assert alone.provenance.compression_error == pytest.approx(adapter.provenance.compression_error, abs=1e-3)
+        error = adapter.provenance.compression_error
+        assert alone.provenance.compression_error == pytest.approx(error, abs=0.01)
+        if max_rank == 34 or error == 0:
+            assert_same_update(alone.factors, adapter.factors, 1e-4)
+        else:  # which of two nearly equal singular values is dropped hangs on rounding
+            exact = delta(adapter.factors)["down_proj"]
+            assert (delta(alone.factors)["down_proj"] - exact).norm() < 5e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -86,7 +109,7 @@ def test_the_rank_never_exceeds_its_bound(tiny_llama: BaseModel, words: int, mon
     exact = delta(uncompressed(tiny_llama, hypernetwork, document))["down_proj"]
     missed = (delta(adapter.document_rows())["down_proj"] - exact).norm() / exact.norm()
     assert missed <= adapter.provenance.compression_error + 1e-3
-    assert (adapter.provenance.compression_error > 0) == (words > 5)
+    assert (adapter.provenance.compression_error > 0) == (words > 1)
 
 
 def test_short_documents_are_not_compressed(tiny_llama: BaseModel) -> None:

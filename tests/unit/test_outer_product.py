@@ -9,7 +9,7 @@ from d2l.chunking import Affixes, ChunkBatch, batch_chunks
 from d2l.context_encoder import EncoderConfig
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
-from tests.conftest import delta, random_chunks, randomize, tiny_hypernetwork
+from tests.conftest import delta, random_chunks, tiny_hypernetwork
 
 MODULES = ("down_proj", "k_proj")
 
@@ -67,7 +67,7 @@ def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: i
                 document = range(len(affixes.prefix), len(affixes.prefix) + length)
                 expected = naive(weights, *(t[chunk][real] for t in seen), document)
                 torch.testing.assert_close(updates[name][layer, chunk].float(), expected, atol=1e-5, rtol=1e-4)
-                assert expected.abs().max() > 1e-2
+                assert expected.abs().max() > 1e-3
 
 
 def test_affixes_and_padding_write_nothing(tiny_base: BaseModel) -> None:
@@ -103,22 +103,18 @@ def test_learns_from_the_identity(tiny_llama: BaseModel) -> None:
     hypernetwork = tiny_hypernetwork(tiny_llama, trained=False)
     batch, prompt = random_chunks(tiny_llama, 9, 5), random_chunks(tiny_llama, 6, seed=1).ids.expand(2, -1)
     answers = torch.tensor([17, 99])
-    optimizer = torch.optim.AdamW(hypernetwork.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(30):
+    optimizer = torch.optim.AdamW(hypernetwork.parameters(), lr=5e-2)
+    for _ in range(20):
         with inject(tiny_llama, hypernetwork(batch), Rows((0, 1))):
-            loss = torch.nn.functional.cross_entropy(tiny_llama.model(prompt).logits[:, -1], answers)
+            logits = tiny_llama.model(prompt).logits[:, -1]
         optimizer.zero_grad()
-        loss.backward()
+        torch.nn.functional.cross_entropy(logits, answers).backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert losses[-1] < 0.6  # below ln 2: the documents are told apart
+    assert logits.argmax(-1).equal(answers)
 
 
 def test_a_chunk_of_one_token_and_equal_tokens_give_no_nan(tiny_llama: BaseModel) -> None:
     hypernetwork = make(tiny_llama)
-    randomize(hypernetwork)
     batch = batch_chunks([[7], [7, 7, 7]], Affixes((), ()), tiny_llama.pad_id)
     factors = hypernetwork(batch)
     sum(t.sum() for pair in factors.values() for t in pair).backward()
