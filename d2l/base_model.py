@@ -240,12 +240,19 @@ def _hub(name: str) -> str:
 
 def _download(url: str) -> Path:
     target = cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if not target.exists():
+    if target.exists():
+        return target
+    try:
         filesystem, path = fsspec.core.url_to_fs(url)
         if not filesystem.isdir(path):
             raise UserError(f"base model {url}: no such folder")
         with _atomic_folder(target) as partial:
             filesystem.get(path.rstrip("/") + "/", str(partial) + "/", recursive=True)
+    except UserError:
+        raise
+    except Exception as error:  # every filesystem has types of its own for "no such protocol", "no network", "denied"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"base model {url}: cannot be fetched ({reason})") from error
     return target
 
 

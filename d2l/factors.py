@@ -65,16 +65,6 @@ def split_documents(factors: Factors, chunks_per_document: Sequence[int]) -> lis
     ]
 
 
-def drop_empty_rows(factors: Factors) -> Factors:
-    """The same update of [layers, rank, .] factors without the rows whose B is zero everywhere; one row at least stays.
-
-    Those are padding: how many there are depends on the batch that factors were generated in.
-    """
-    written = torch.stack([pair.b.ne(0).any(-1).any(0) for pair in factors.values()]).any(0)
-    rows = written.nonzero().squeeze(-1) if written.any() else written.new_zeros(1, dtype=torch.int64)
-    return map_tensors(factors, lambda t: t.index_select(-2, rows))
-
-
 def combine_chunks(factors: Factors, chunks_per_document: Sequence[int]) -> Factors:
     """Chunk factors [layers, chunks, r, .] to [layers, documents, R, .], R = most chunks * r.
 

@@ -15,7 +15,7 @@ from d2l.adapter import Adapter, Provenance, check_rank
 from d2l.base_model import BaseModel
 from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
-from d2l.factors import Factors, concat_ranks, drop_empty_rows, map_tensors, rank_of, sketch, split_documents
+from d2l.factors import Factors, concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
 
 _WINDOW_BATCHES = 4

@@ -12,7 +12,9 @@ from d2l.base_model import BaseModel
 from d2l.chunking import ChunkBatch
 from d2l.context_encoder import ContextEncoder, EncoderConfig, Features
 from d2l.errors import UserError
-from tests.conftest import random_chunks
+from d2l.factors import map_tensors, stack
+from d2l.injection import Rows, inject
+from tests.conftest import random_chunks, random_factors
 
 MODULES = ("down_proj", "q_proj")
 CASES = [  # kind, exit_layer, layers that have to run
@@ -123,7 +125,9 @@ def test_no_hooks_and_no_graph_stay(tiny_base: BaseModel, kind: str, exit_layer:
         return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tiny_base.model.modules()]
 
     encode, batch, clean = encoder(tiny_base, kind, exit_layer), random_chunks(tiny_base, 5), hooks()
-    assert not encode(batch).final.requires_grad
+    adapter = stack([map_tensors(random_factors(tiny_base, 2), lambda t: t.requires_grad_())])
+    with inject(tiny_base, adapter, Rows((0,))):
+        assert not encode(batch).final.requires_grad
     assert hooks() == clean
     batch.ids[0, 0] = 10**6
     with pytest.raises(IndexError):

@@ -65,6 +65,14 @@ def test_answers_end_at_stop_tokens_and_at_their_length(tiny_llama: BaseModel, m
         assert answer == (whole[: whole.index(stop)] if stop in whole else whole)
 
 
+def test_a_base_models_own_habits_do_not_count(tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompts(tiny_llama)
+    plain = generation.generate(tiny_llama, asked, [None] * 3, SamplingConfig(12))
+    for name, value in {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "max_new_tokens": 2}.items():
+        monkeypatch.setattr(tiny_llama.model.generation_config, name, value)
+    assert generation.generate(tiny_llama, asked, [None] * 3, SamplingConfig(12)) == plain
+
+
 def test_sampling_is_seeded_and_follows_temperature_and_top_p(tiny_llama: BaseModel) -> None:
     (prompt, *_) = prompts(tiny_llama)
 

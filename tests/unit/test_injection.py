@@ -1,5 +1,6 @@
 """Adapters on segments of a batch, against the same updates merged into the weights."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -14,7 +15,7 @@ from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, concat_ranks, map_tensors, stack
 from d2l.generation import SamplingConfig
-from d2l.injection import Placement, Rows, Segments, inject
+from d2l.injection import Placement, Rows, Segments, inject, place_rows
 from tests.conftest import random_adapter, random_factors
 
 MODULES = ("down_proj", "k_proj")
@@ -174,6 +175,21 @@ def test_cached_decoding_equals_recomputing(tiny_base: BaseModel) -> None:
             ids.append(token)
         assert answer == ids[len(prompt) :]
     assert len(set(map(tuple, answers))) == 3
+
+
+def test_adapters_of_a_batch_are_placed_once_each_with_their_scales(tiny_llama: BaseModel) -> None:
+    one, two = random_adapter(tiny_llama, 3), dataclasses.replace(random_adapter(tiny_llama, 5, seed=1), scale=2.0)
+    factors, rows = place_rows(tiny_llama, [one, None, two, one])
+    assert rows == Rows((0, None, 1, 0))
+    assert factors["down_proj"].a.shape[1:3] == (2, 5)
+    ids = random_ids(tiny_llama, 4, 6)
+    with torch.no_grad(), inject(tiny_llama, factors, rows):
+        together = tiny_llama.model(ids).logits
+    for row, adapter in enumerate((one, None, two, one)):
+        alone = merged(tiny_llama, ids[row], adapter and adapter.factors, adapter.scale if adapter else 1.0)
+        torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=0)
+    nothing, rows = place_rows(tiny_llama, [None, None])
+    assert (nothing, rows) == ({}, Rows((None, None)))
 
 
 def test_gradients_are_those_of_the_merged_weights(tiny_base: BaseModel) -> None:

@@ -104,6 +104,7 @@ def test_the_haystack_is_filler_or_the_prose_given() -> None:
         return NEEDLE.sub("", make_sample(tiny_tokenizer(), NeedleConfig(600), 3, prose=prose).document)
 
     assert "The grass is green. The sky is blue." in haystack(())
+    assert not re.search(r"\.\S", haystack(()))  # sentences keep apart where the filler repeats
     text = haystack(PROSE)
     assert "grass" not in text
     known = " ".join(" ".join(PROSE).split())
