@@ -129,7 +129,9 @@ def document_ids(text: str, tokenizer: PreTrainedTokenizerBase, config: Chunking
     Raises:
         UserError: it is no text, or longer than `config.max_document_tokens`.
     """
-    ids = tokenizer(check_text(text, what), add_special_tokens=False, verbose=False)["input_ids"]
+    # Split, so that "<|im_end|>" in a document is text and does not end its turn.
+    encoded = tokenizer(check_text(text, what), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids = encoded["input_ids"]
     if len(ids) > config.max_document_tokens:
         raise UserError(
             f"{what}: has {len(ids):,} tokens, more than max_document_tokens = {config.max_document_tokens:,}; "
