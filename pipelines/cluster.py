@@ -5,6 +5,7 @@ import os
 
 import ray
 import ray.data
+import torch
 
 
 def connect() -> None:
@@ -20,3 +21,8 @@ def connect() -> None:
         ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=True, **slots)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+
+
+def share_cores(processes: int) -> None:
+    """Give torch this process's share of the machine's cores; Ray allows it as many threads as CPUs it reserved."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

@@ -13,7 +13,6 @@ bytes for each current document, shared by the actors of a machine.
 
 import dataclasses
 import hashlib
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -74,8 +73,6 @@ class ConvertConfig:
     """Actors that internalize."""
     gpus_per_worker: float = 0
     """GPUs of one actor; on the CPU if 0."""
-    threads_per_worker: int | None = None
-    """CPU threads of one actor; by default the machine's cores shared among the actors."""
     batch_documents: int = 64
     """Documents an actor takes at a time."""
     commit_rows: int = 1000
@@ -164,8 +161,7 @@ class Converter:
             checkpoint: of its hypernetwork.
             known: sorted array of the keys (`_key`) of what the catalogue has, in Ray's object store.
         """
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads_per_worker or max(1, cores // config.workers))
+        cluster.share_cores(config.workers)
         self.config = config
         self.checkpoint = checkpoint
         self.known = ray.get(known)
@@ -184,9 +180,7 @@ class Converter:
         """Results of a batch of documents."""
         try:
             return pa.Table.from_pylist(self._results(batch.to_pylist()))
-        except (
-            UserError
-        ) as error:  # not one document's fault; as a row, for Ray would bury an exception in its own text
+        except UserError as error:  # not one document's fault; a row, for Ray would bury an exception in its own text
             return pa.Table.from_pylist([_result({"doc_id": "", "reason": str(error)}, _ABORT)])
 
     def _results(self, rows: list[Row]) -> list[Row]:

@@ -116,6 +116,7 @@ class _Grader:
     """Internalizes a batch of documents, asks, and marks."""
 
     def __init__(self, config: EvaluateNeedleConfig):
+        cluster.share_cores(config.workers)
         limits = InternalizeConfig(max_rank=config.max_rank)
         self.model = DocToLora.from_pretrained(config.hypernetwork, config.base, config=limits)
         self.config = config

@@ -79,9 +79,12 @@ class Recipe:
 
 
 def needle() -> Recipe:
-    """Find numbers in long texts: single chunks first, then several kinds of needles, then many chunks."""
+    """Find numbers in long texts: single chunks first, then several kinds of needles, then many chunks.
+
+    Chunks overlap by more than a needle, so that every needle is whole in one of them.
+    """
     return Recipe(
-        hypernetwork=HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=256)),
+        hypernetwork=HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=256, overlap_tokens=24)),
         stages=(
             Stage(steps=80, min_tokens=30, max_tokens=60, batch_tokens=1400),
             Stage(steps=60, min_tokens=60, max_tokens=256, batch_tokens=3000, keyed=0.6, prose=0.5),

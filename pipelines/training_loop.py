@@ -6,7 +6,6 @@ its questions. Weights are float32, matrix products in the base model's dtype.
 
 import json
 import math
-import os
 import tempfile
 import time
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from d2l.factors import combine_chunks, map_tensors
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
 from d2l.losses import cross_entropy, l1, mean_by_document
+from pipelines import cluster
 from pipelines.recipes import OptimizerConfig, Recipe
 from pipelines.tracking import Tracker
 from pipelines.training_data import IGNORED, TrainingBatch
@@ -86,8 +86,7 @@ def train_worker(config: dict[str, Any]) -> None:
     rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.manual_seed(recipe.seed)
     device = ray.train.torch.get_device()
-    # Ray allows a worker as many threads as it reserved CPUs; the workers of a node share all its cores instead.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+    cluster.share_cores(ray.train.get_context().get_local_world_size())
     base = load_base_model(recipe.base, device)
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as folder:

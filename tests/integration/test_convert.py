@@ -68,7 +68,7 @@ def write(folder: Path, files: dict[str, bytes] | dict[str, str]) -> Path:
 
 
 def run(documents: Iterable[Any], store: str, hypernetwork: Path, **options: Any) -> dict[str, Any]:
-    settings = {"dtype": "float32", "threads_per_worker": 1, "sources": SourceConfig(max_bytes=10_000)} | options
+    settings = {"dtype": "float32", "sources": SourceConfig(max_bytes=10_000)} | options
     config = ConvertConfig(tuple(map(str, documents)), store, hypernetwork=str(hypernetwork), **settings)
     return convert(config)
 
@@ -150,7 +150,7 @@ def test_actor(hypernetwork: Path, tmp_path: Path) -> None:
     """Other settings give other adapters; a store that fails fails the document."""
 
     def results(store: Path, **options: Any) -> list[dict[str, Any]]:
-        config = ConvertConfig((), str(store), hypernetwork=str(hypernetwork), dtype="float32", threads_per_worker=1)
+        config = ConvertConfig((), str(store), hypernetwork=str(hypernetwork), dtype="float32")
         known = ray.put(np.array([], dtype="S24"))
         converter = Converter(dataclasses.replace(config, **options), Checkpoint.of(str(hypernetwork)), known)
         row = {"doc_id": "a", "text": TEXTS["harbour.txt"], "source_uri": "", "stage": "", "reason": ""}
