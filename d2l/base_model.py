@@ -19,6 +19,7 @@ from pathlib import Path
 
 import fsspec
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -192,6 +193,7 @@ def load_base_model(
     """
     device = torch.device(device) if device else default_device()
     dtype = parse_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    transformers.utils.logging.disable_progress_bar()  # seconds, in every process of every job
     folder = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

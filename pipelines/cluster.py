@@ -8,8 +8,12 @@ import ray.data
 import torch
 
 
-def connect() -> None:
-    """Connect to `$RAY_ADDRESS`, or start Ray on this machine; does nothing when connected already."""
+def connect(worker_output: bool = True) -> None:
+    """Connect to `$RAY_ADDRESS`, or start Ray on this machine; does nothing when connected already.
+
+    Args:
+        worker_output: whether what workers print and log is shown here too.
+    """
     if not ray.is_initialized():
         local = not os.environ.get("RAY_ADDRESS")
         # The dashboard stays on: without one, Ray Train's clean-up asks whichever other cluster runs on this machine
@@ -18,9 +22,13 @@ def connect() -> None:
         slots = {"num_cpus": max(8, os.cpu_count() or 1)} if local else {}
         if local:
             os.environ.setdefault("RAY_worker_niceness", "0")  # the job is what this machine is for
-        ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=True, **slots)
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=worker_output, **slots)
+    # The jobs have progress bars of their own.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    for name in ("ray.data", "ray.serve", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def share_cores(processes: int) -> None:

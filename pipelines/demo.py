@@ -4,7 +4,8 @@ Documents in, adapters in a local store, a served endpoint, answers printed besi
 """
 
 import random
-import time
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from d2l.base_model import load_base_model
 from d2l.hypernetwork import base_model_of
 from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig, exact_match, make_sample
-from pipelines import tracking
+from pipelines import cluster, tracking
+from pipelines.cli import show
 from pipelines.convert import ConvertConfig, convert
 from pipelines.tracking import TrackingConfig
 from serve.app import ServeConfig, run
@@ -44,40 +46,41 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         UserError: the port is taken, or the folder cannot be written.
     """
+    cluster.connect(worker_output=False)
     folder = config.folder
+    served = ServeConfig(store=str(folder / "store"), port=config.port)
     expected = _write_documents(folder / "documents")
+    print(f"1. {len(expected)} documents written to {folder / 'documents'}")
     record = tracking.open_run(TrackingConfig(f"sqlite:///{folder}/mlflow.db"), "demo", config)
-    with tracking.closing(record) as client:
-        print(f"1. {len(expected)} documents written to {folder / 'documents'}")
-        converted = convert(ConvertConfig(documents=(str(folder / "documents"),), store=str(folder / "store")))
-        done = "{converted} converted, {skipped} were there, {tokens:,} tokens, {seconds:.0f} s".format(**converted)
-        print(f"2. adapters in {folder / 'store'}: {done}")
-        served = ServeConfig(store=str(folder / "store"), port=config.port)
-        run(served, blocking=False)
-        try:
-            print(f"3. serving at {served.url}")
+    try:
+        with tracking.closing(record) as client:
+            converted = convert(ConvertConfig(documents=(str(folder / "documents"),), store=served.store))
+            counts = "{converted} converted, {skipped} were there, {tokens:,} tokens, {seconds:.0f} s"
+            print(f"2. adapters in {served.store}: {counts.format(**converted)}")
+            run(served, blocking=False)
+            print(f"3. asking {served.url}")
             answers = [_ask(served, doc_id, *pair) for doc_id, pair in expected.items()]
-            client.log_table(record.run_id, {k: [row[k] for row in answers] for k in answers[0]}, "answers.json")
             right = sum(row["right"] for row in answers) / len(answers)
+            client.log_table(record.run_id, {k: [row[k] for row in answers] for k in answers[0]}, "answers.json")
             client.log_metric(record.run_id, "right", right)
-            report = {
-                "answers": answers,
-                "right_with_adapter": right,
-                "endpoint": f"{served.url}/chat/completions (model smollm2-135m or smollm2-135m:DOCUMENT)",
-                "record": f"mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db",
-                "serve_again": f"d2l serve --store {folder / 'store'} --port {config.port}",
-            }
-            if config.keep:
-                from pipelines.cli import show
-
-                show(report)
-                print("serving until Ctrl-C")
-                while True:
-                    time.sleep(3600)
-            return report
-        finally:
-            ray.serve.shutdown()
-            ray.shutdown()
+        report = {
+            "question": next(iter(expected.values()))[0],
+            "answers": answers,
+            "right_with_adapter": right,
+            "endpoint": f"{served.url} (models {served.alias} and {served.alias}:DOCUMENT)",
+            "serve_again": f"d2l serve --store {served.store} --port {served.port}",
+            "record": f"mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db",
+        }
+        if config.keep:
+            show(report)
+            print(f"serving at {served.url} until Ctrl-C", flush=True)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+            return {}
+        return report
+    finally:
+        ray.serve.shutdown()
+        ray.shutdown()
 
 
 def _write_documents(folder: Path) -> dict[str, tuple[str, str]]:
@@ -103,7 +106,6 @@ def _ask(served: ServeConfig, doc_id: str, question: str, answer: str) -> dict[s
     with_adapter = said(f"{served.alias}:{doc_id}")
     return {
         "document": doc_id,
-        "question": question,
         "without document": said(served.alias),
         "with adapter": with_adapter,
         "expected": answer,

@@ -23,6 +23,7 @@ class Progress:
         """
         self._what, self._total, self._done, self._note = what, total, 0, ""
         self._started = self._shown = time.monotonic()
+        self._printed = -1
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Bar(TextColumn("{task.description}"), *columns, *times, console=Console(stderr=True))
@@ -36,7 +37,7 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar.console.is_terminal:
             self._bar.stop()
-        else:
+        elif self._printed != self._done:
             self._print()
 
     def advance(self, items: int, note: str) -> None:
@@ -49,7 +50,7 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._printed = time.monotonic(), self._done
         seconds = self._shown - self._started
         line = f"{self._what}: {self._done} of {self._total} in {seconds:.0f} s, {self._note}"
         print(line, file=sys.stderr, flush=True)
