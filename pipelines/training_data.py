@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from d2l.base_model import prompt_ids, resolve
 from d2l.chunking import Affixes, ChunkBatch, ChunkingConfig, batch_chunks, document_ids, split_evenly
-from d2l.tasks.needle import NeedleConfig, make_sample
+from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
 from pipelines.prose import load_prose
 from pipelines.recipes import Recipe, Stage
 
@@ -41,6 +41,7 @@ class _NeedleBatches:
         self.recipe, self.chunking, self.workers, self.first_step = recipe, chunking, workers, first_step
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.base))
         self.prose = load_prose(recipe.prose, held_out=False) if recipe.prose else []
+        self.needle_tokens = longest_sentence(self.tokenizer)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         step = self.first_step + int(row["id"])
@@ -49,7 +50,8 @@ class _NeedleBatches:
     def _batch(self, step: int, worker: int) -> dict[str, Any]:
         stage = self.recipe.stage_at(step)
         rng = random.Random(f"{self.recipe.seed}/{step}/{worker}")
-        config, prose = _draw_kind(stage, rng), self.prose if rng.random() < stage.prose else []
+        config = self._draw_kind(stage, rng)
+        prose = self.prose if rng.random() < stage.prose else []
         chunks, counts, prompts, answers = [], [], [], []
         for _ in range(max(1, stage.batch_tokens // config.tokens)):
             sample = make_sample(self.tokenizer, config, rng.getrandbits(48), prose=prose)
@@ -67,17 +69,16 @@ class _NeedleBatches:
             "answers": answers,
         }
 
+    def _draw_kind(self, stage: Stage, rng: random.Random) -> NeedleConfig:
+        tokens = round(math.exp(rng.uniform(math.log(stage.min_tokens), math.log(stage.max_tokens))))
+        if rng.random() >= stage.keyed:
+            return NeedleConfig(tokens)
+        fitting = max(1, min(6, int(0.4 * tokens / self.needle_tokens)))
+        needles = rng.randint(1, fitting)
+        return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
+
     def _answer(self, answer: str) -> list[int]:
         return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-
-
-def _draw_kind(stage: Stage, rng: random.Random) -> NeedleConfig:
-    tokens = round(math.exp(rng.uniform(math.log(stage.min_tokens), math.log(stage.max_tokens))))
-    if rng.random() >= stage.keyed:
-        return NeedleConfig(tokens)
-    fitting = max(1, min(6, tokens // 50))  # a keyed sentence has about 20 tokens
-    needles = rng.randint(1, fitting)
-    return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
 
 
 class TrainingBatch:

@@ -121,6 +121,12 @@ def _sentences(text: str) -> list[str]:
     return [part + "." for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
 
 
+def longest_sentence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest needle or distractor there can be, near enough."""
+    sentence = f" The special magic number for {max(_COLORS, key=len)}-{max(_NOUNS, key=len)} is {'0' * DIGITS}."
+    return len(tokenizer(sentence, add_special_tokens=False)["input_ids"])
+
+
 def exact_match(answer: str, expected: str) -> bool:
     """Whether the whole number was given, and nothing else."""
     return answer.strip().rstrip(".") == expected

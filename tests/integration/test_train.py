@@ -23,7 +23,7 @@ def run(ray_cluster, tiny_llama, tmp_path):
     """A run of a few steps on a tiny model, single chunks and then two."""
     stages = (
         Stage(steps=4, min_tokens=40, max_tokens=60, batch_tokens=160),
-        Stage(steps=4, min_tokens=100, max_tokens=120, batch_tokens=240, keyed=1.0),
+        Stage(steps=4, min_tokens=150, max_tokens=160, batch_tokens=320, keyed=1.0),
     )
     recipe = Recipe(
         base=tiny_llama.name,
