@@ -135,7 +135,7 @@ class Hypernetwork(nn.Module):
             UserError: not a checkpoint, damaged, or made for another base model.
         """
         folder = Path(folder)
-        values = _read_config(folder)
+        values = read_config(folder)
         if values["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder}: format version {values['format_version']}, this code reads {FORMAT_VERSION}")
         made_for = from_dict(Digests, values["base_digests"], f"{folder}/config.json: base_digests")
@@ -156,10 +156,15 @@ class Hypernetwork(nn.Module):
 
 def base_model_of(folder: str | Path) -> str:
     """The name of the base model that a checkpoint was made for."""
-    return _read_config(Path(folder))["base_model"]
+    return read_config(Path(folder))["base_model"]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `config.json`: what it was made for, and its fingerprint, without its weights.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint's.
+    """
     values = load_json(folder / "config.json")
     needed = {"format_version", "fingerprint", "base_model", "base_digests", "hypernetwork"}
     if missing := sorted(needed - set(values)):

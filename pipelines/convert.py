@@ -33,9 +33,9 @@ from ray.data import ActorPoolStrategy
 from d2l.adapter import Adapter, check_rank
 from d2l.base_model import parse_dtype
 from d2l.catalogue import Catalogue, Event
-from d2l.config import from_dict, load_json
+from d2l.config import from_dict
 from d2l.errors import UserError
-from d2l.hypernetwork import HypernetworkConfig
+from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 from d2l.model import SHIPPED, DocToLora
 from d2l.storage import Storage
@@ -142,12 +142,9 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it is damaged.
         """
-        values = load_json(Path(folder) / "config.json")
-        try:
-            fingerprint, config = values["fingerprint"], values["hypernetwork"]
-        except KeyError as error:
-            raise UserError(f"{folder}/config.json: not a hypernetwork's, it has no {error}") from None
-        return cls(fingerprint, from_dict(HypernetworkConfig, config, f"{folder}/config.json: hypernetwork"))
+        values = read_config(Path(folder))
+        config = from_dict(HypernetworkConfig, values["hypernetwork"], f"{folder}/config.json: hypernetwork")
+        return cls(values["fingerprint"], config)
 
 
 class Converter:
