@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     cluster.connect()
     began = time.perf_counter()
     with tracking.closing(record) as client:
-        rows = needle_dataset(recipe, recipe.hypernetwork.chunking, config.workers, _last_step(output))
+        chunking, first = recipe.hypernetwork.chunking, _last_step(output)
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -97,7 +97,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 "checkpoint_every": config.checkpoint_every,
                 "tracking": record,
             },
-            datasets={"train": rows},
+            datasets={f"rank{rank}": needle_dataset(recipe, chunking, rank, first) for rank in range(config.workers)},
+            dataset_config=ray.train.DataConfig(datasets_to_split=[]),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpus_per_worker > 0,

@@ -24,32 +24,32 @@ IGNORED = -100
 """Label of tokens that are not part of an answer."""
 
 
-def needle_dataset(recipe: Recipe, chunking: ChunkingConfig, workers: int, first_step: int = 0) -> ray.data.Dataset:
-    """Rows (see `TrainingBatch.from_row`) of steps `first_step` and later, `workers` rows a step."""
+def needle_dataset(recipe: Recipe, chunking: ChunkingConfig, rank: int, first_step: int = 0) -> ray.data.Dataset:
+    """The rows (see `TrainingBatch.from_row`) of worker `rank`, one a step, from `first_step` on, in order.
+
+    Every worker has a dataset of its own: one that Ray splits gives no worker a row for each of its steps.
+    """
     steps = ray.data.range(recipe.steps - first_step, override_num_blocks=max(1, recipe.steps - first_step))
-    return steps.flat_map(
+    return steps.map(
         _NeedleBatches,
-        fn_constructor_args=(recipe, chunking, workers, first_step),
+        fn_constructor_args=(recipe, chunking, rank, first_step),
         compute=ray.data.ActorPoolStrategy(size=1),
     )
 
 
 class _NeedleBatches:
-    """Makes the rows of one step, in a process that keeps the tokenizer and the prose."""
+    """Makes the row of one step, in a process that keeps the tokenizer and the prose."""
 
-    def __init__(self, recipe: Recipe, chunking: ChunkingConfig, workers: int, first_step: int):
-        self.recipe, self.chunking, self.workers, self.first_step = recipe, chunking, workers, first_step
+    def __init__(self, recipe: Recipe, chunking: ChunkingConfig, rank: int, first_step: int):
+        self.recipe, self.chunking, self.rank, self.first_step = recipe, chunking, rank, first_step
         self.tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.base))
         self.prose = load_prose(recipe.prose, held_out=False) if recipe.prose else []
         self.needle_tokens = longest_sentence(self.tokenizer)
 
-    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         step = self.first_step + int(row["id"])
-        return [self._batch(step, worker) for worker in range(self.workers)]
-
-    def _batch(self, step: int, worker: int) -> dict[str, Any]:
         stage = self.recipe.stage_at(step)
-        rng = random.Random(f"{self.recipe.seed}/{step}/{worker}")
+        rng = random.Random(f"{self.recipe.seed}/{step}/{self.rank}")
         config = self._draw_kind(stage, rng)
         prose = self.prose if rng.random() < stage.prose else []
         chunks, counts, prompts, answers = [], [], [], []

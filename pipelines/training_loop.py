@@ -100,7 +100,7 @@ def train_worker(config: dict[str, Any]) -> None:
         step = _restore(optimizer, hypernetwork, Path(folder)) if folder else 0
     learner = ray.train.torch.prepare_model(MetaLearner(base, hypernetwork, recipe.l1), move_to_device=False)
     affixes = Affixes.of(base.tokenizer)
-    rows = iter(ray.train.get_dataset_shard("train").iter_rows())
+    rows = iter(ray.train.get_dataset_shard(f"rank{rank}").iter_rows())
     tracker = Tracker(config["tracking"]) if rank == 0 else None
     while step < recipe.steps:
         began = time.perf_counter()
