@@ -65,7 +65,7 @@ def generate(
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or 1.0,
         top_p=sampling.top_p,
-        top_k=0,
+        top_k=0 if sampling.temperature else None,
         repetition_penalty=1.0,  # what is not set here is taken from the base model's own configuration
         eos_token_id=base.stop_ids,
         pad_token_id=base.pad_id,
