@@ -1,8 +1,8 @@
 """The adapter store on a local folder and on S3."""
 
 import dataclasses
+import multiprocessing
 import resource
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,22 @@ def test_writers_at_the_same_time_leave_a_whole_adapter(root: str, tiny_llama: B
     assert any(same(found, adapter) for adapter in adapters)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files of this process cannot grow beyond 4 KiB: what a full disk is to a write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("small_files")
-def test_full_disk_leaves_nothing(tmp_path: Path, tiny_llama: BaseModel) -> None:
-    store = AdapterStore(tmp_path)
+def _put_with_small_files(folder: Path, adapter: Adapter) -> None:
+    # Files of this process cannot grow beyond 4 KiB: what a full disk is to a write.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     with pytest.raises(UserError, match="storage failed"):
-        store.put("acme", ID, make(tiny_llama, 1))
+        AdapterStore(folder).put("acme", ID, adapter)
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path, tiny_llama: BaseModel) -> None:
+    # In a process of its own: the limit would hit the test runner's output too.
+    writer = multiprocessing.get_context("fork").Process(
+        target=_put_with_small_files, args=(tmp_path, make(tiny_llama, 1))
+    )
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 0
+    store = AdapterStore(tmp_path)
     assert not store.exists("acme", ID)
     assert list(Path(store.location("acme", ID)).iterdir()) == []
 
