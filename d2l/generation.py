@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import Cache, GenerationConfig, TextIteratorStreamer
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
@@ -40,6 +40,7 @@ def generate(
     adapters: Sequence[Adapter | None],
     sampling: SamplingConfig | None = None,
     streamer: TextIteratorStreamer | None = None,
+    cache: Cache | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -49,6 +50,7 @@ def generate(
         adapters: the adapter of each prompt, or None. The same object is one adapter.
         sampling: greedy, 128 tokens by default.
         streamer: gets the tokens as they come (one prompt only).
+        cache: keys and values of the prompt's first tokens, which are then not run again; it grows (one prompt only).
 
     Returns:
         The new token ids of each prompt, without the one that ended the answer.
@@ -76,6 +78,7 @@ def generate(
             attention_mask=mask.to(base.device),
             generation_config=choice,
             streamer=streamer,
+            cache=cache,
         )
     return [_until_stop(row, base.stop_ids) for row in output[:, width:].tolist()]
 

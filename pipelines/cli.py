@@ -31,10 +31,27 @@ class _Command:
 
 COMMANDS = {
     "train needle": _Command(
-        "pipelines.train:train", "pipelines.train:needle_run", "meta-train a hypernetwork to find needles"
+        "pipelines.training.job:train", "pipelines.training.job:needle_run", "meta-train a hypernetwork to find needles"
+    ),
+    "train qa": _Command(
+        "pipelines.training.job:train", "pipelines.training.job:qa_run", "meta-train one to answer questions"
+    ),
+    "train gemma2-2b": _Command(
+        "pipelines.training.job:train", "pipelines.training.job:gemma2_2b_run", "the paper's recipe for Gemma 2 2B"
+    ),
+    "train mistral-7b": _Command(
+        "pipelines.training.job:train", "pipelines.training.job:mistral_7b_run", "the paper's recipe for Mistral 7B"
+    ),
+    "train qwen3-4b": _Command(
+        "pipelines.training.job:train", "pipelines.training.job:qwen3_4b_run", "the paper's recipe for Qwen3 4B"
     ),
     "evaluate needle": _Command(
-        "pipelines.evaluate:evaluate_needle", "EvaluateNeedleConfig", "is a number found in documents of any length?"
+        "pipelines.evaluate.needle:evaluate_needle",
+        "EvaluateNeedleConfig",
+        "is a number found in documents of any length?",
+    ),
+    "evaluate report": _Command(
+        "pipelines.evaluate.report:join", "JoinConfig", "one table and one plot of several needle evaluations"
     ),
     "convert": _Command("pipelines.convert:convert", "ConvertConfig", "turn document collections into adapters"),
     "serve": _Command("serve.app:run", "ServeConfig", "answer queries with a store's adapters (OpenAI-compatible)"),

@@ -1,0 +1,1 @@
+"""Evaluations of hypernetworks: what documents are worth as adapters, beside what they are worth in the prompt."""

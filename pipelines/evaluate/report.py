@@ -1,0 +1,287 @@
+"""Needle evaluations as JSON, Markdown and plots; `d2l evaluate report` joins several into one.
+
+results.json   scores over all depths and at each
+results.md     the table
+heatmap.png    share right by length and depth
+lengths.png    quality, seconds and bytes against length, the adapter beside the document in the prompt
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import tyro
+
+from d2l.config import load_json, save_json, to_dict
+from d2l.errors import UserError
+from d2l.storage import one_line
+from pipelines.evaluate.answers import AnswerLog, Trial
+from pipelines.evaluate.scores import Score, scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+matplotlib.use("Agg")
+_FILES = ("results.json", "results.md", "heatmap.png", "lengths.png")
+_BLUE, _ORANGE, _GREY = "#2563a8", "#d9731a", "#8a8a8a"
+_NAMES = {
+    "adapter": "adapter",
+    "wrong_document": "another document's adapter",
+    "no_document": "no document",
+    "in_context": "document in the prompt",
+}
+
+
+@dataclass(frozen=True)
+class JoinConfig:
+    """Evaluations to put into one table and one plot."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Outputs of `d2l evaluate needle`."""
+    output: Path
+    """Folder for results.json, results.md, heatmap.png and lengths.png."""
+
+
+def join(config: JoinConfig) -> dict[str, Any]:
+    """Report on all folders together; returns as `evaluate_needle`.
+
+    Raises:
+        UserError: a folder has no answers, or two have answers about the same documents.
+    """
+    if not config.folders:
+        raise UserError("give at least one folder that `d2l evaluate needle --output` wrote")
+    trials: list[Trial] = []
+    makers: dict[tuple[str, str], Path] = {}
+    owners: dict[tuple[Any, ...], Path] = {}
+    runs = []
+    for folder in config.folders:
+        run = load_json(folder / "run.json")
+        makers.setdefault((run["setting"]["hypernetwork"], run["setting"]["base"]), folder)
+        runs.append(run["tracking"]["run_id"])
+        for trial in AnswerLog(folder).read():
+            document = (trial.haystack, trial.needles, trial.distractors, trial.length, trial.seed)
+            if (other := owners.setdefault(document, folder)) != folder:
+                raise UserError(
+                    f"{folder}: has answers about the same documents as {other}; join other settings, lengths or seeds"
+                )
+            trials.append(trial)
+    if not trials:
+        raise UserError(f"{', '.join(map(str, config.folders))}: no answers yet; run `d2l evaluate needle` to its end")
+    if len(makers) > 1:
+        raise UserError(f"{' and '.join(map(str, makers.values()))}: of different hypernetworks or base models")
+    ((hypernetwork, base),) = makers
+    return write(config.output, trials, {"hypernetwork": hypernetwork, "base": base, "mlflow_runs": runs})
+
+
+def write(folder: Path, trials: Sequence[Trial], about: dict[str, Any]) -> dict[str, Any]:
+    """Write tables and plots.
+
+    Args:
+        folder: created if need be.
+        trials: what was answered, of one setting or several; at least one.
+        about: `hypernetwork` (fingerprint), `base`, `mlflow_runs`.
+
+    Returns:
+        What results.json has: `about`, `devices`, `results` (a record for each setting, length and condition, see
+        `Score`) and `by_depth` (the same for each depth).
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    overall, by_depth = scores(trials), scores(trials, by_depth=True)
+    result = about | {
+        "devices": sorted({trial.device for trial in trials}),
+        "results": [to_dict(score) for score in overall],
+        "by_depth": [to_dict(score) for score in by_depth],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(result, folder / "results.json")
+        (folder / "results.md").write_text(_markdown(result, overall))
+        _heatmap(by_depth, folder / "heatmap.png")
+        _lengths(overall, folder / "lengths.png")
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written ({one_line(error)})") from error
+    return result
+
+
+def files(folder: Path) -> list[Path]:
+    """The files that `write` writes."""
+    return [folder / name for name in _FILES]
+
+
+def plain_name(condition: str, rank: int | None) -> str:
+    """A condition's name for metrics: `adapter_rank_128`, `in_context`."""
+    return condition if rank is None else f"{condition}_{'uncompressed' if rank == 0 else f'rank_{rank}'}"
+
+
+def title(score: Score) -> str:
+    """The setting in words."""
+    numbers = "1 needle" if score.needles == 1 else f"one of {score.needles} needles by its key"
+    others = f", {score.distractors} distractors" if score.distractors else ""
+    return f"{numbers} in {score.haystack}{others}"
+
+
+def _settings(results: Iterable[Score]) -> list[list[Score]]:
+    return [list(group) for _, group in groupby(results, title)]
+
+
+def _label(score: Score) -> str:
+    if score.condition != "adapter":
+        return _NAMES[score.condition]
+    return "adapter, uncompressed" if score.rank == 0 else f"adapter, rank {score.rank}"
+
+
+def _truncated(score: Score) -> bool:
+    return score.tokens_read is not None and score.tokens_read < score.length
+
+
+def _markdown(result: dict[str, Any], results: Sequence[Score]) -> str:
+    parts = [
+        f"# Needles found by hypernetwork {result['hypernetwork']} for {result['base']}\n\n"
+        "A right answer is the whole number and nothing else. Intervals: 95%, Wilson. Seconds: medians of documents "
+        f"run alone on {'; '.join(result['devices'])}; per document to internalize it or to read it into a KV cache, "
+        "per answer until it ends. MB: what must be kept of a document to ask again. MLflow: "
+        f"{', '.join(result['mlflow_runs'])}.\n"
+    ]
+    for group in _settings(results):
+        parts.append(
+            f"\n## {title(group[0])[0].upper()}{title(group[0])[1:]}\n\n"
+            "| tokens | the base model has | right | 95% interval | n | s per document | s per answer | MB |\n"
+            "|---:|---|---:|---:|---:|---:|---:|---:|\n"
+        )
+        length = 0
+        for score in group:
+            what = _label(score)
+            if _truncated(score):
+                what += f", its first and last {score.tokens_read // 2:,} tokens"  # type: ignore[operator]
+            cells = (
+                f"{score.length:,}" if score.length != length else "",
+                what,
+                f"{score.exact_match:.1%}",
+                f"{score.low:.1%} to {score.high:.1%}",
+                str(score.n),
+                _seconds(score.seconds_per_document),
+                _seconds(score.seconds_per_answer),
+                f"{score.extra_bytes / 1e6:.1f}" if score.extra_bytes else "",
+            )
+            parts.append(f"| {' | '.join(cells)} |\n")
+            length = score.length
+    return "".join(parts)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _heatmap(cells: Sequence[Score], path: Path) -> None:
+    """A panel for each setting, the stored adapter above the document in the prompt."""
+    from matplotlib import pyplot as plt
+
+    stored = {title(group[0]): next(s.rank for s in group if s.condition == "adapter") for group in _settings(cells)}
+    panels = [
+        (f"{_label(chosen[0])}\n{title(chosen[0])}", chosen)
+        for condition in ("adapter", "in_context")
+        for group in _settings(cells)
+        if (chosen := [s for s in group if s.condition == condition and s.rank in (None, stored[title(s)])])
+    ]
+    columns = len(stored)
+    rows = -(-len(panels) // columns)
+    width = max(3.4, 1.2 + 0.62 * max(len({s.length for s in chosen}) for _, chosen in panels))
+    size = (width * columns + 0.8, 4.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, chosen) in zip(axes.flat, panels, strict=False):
+        across, down = sorted({s.length for s in chosen}), sorted({s.depth for s in chosen})
+        found = {(s.length, s.depth): s for s in chosen}
+        grid = [[found[x, y].exact_match if (x, y) in found else float("nan") for x in across] for y in down]
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (x, y), score in found.items():
+            text = f"{score.exact_match * 100:.0f}"
+            axis.text(across.index(x), down.index(y), text, ha="center", va="center", fontsize=7)
+        axis.set_xticks(range(len(across)), [_tokens(x) for x in across], fontsize=8)
+        axis.set_yticks(range(len(down)), [f"{y:.0%}" for y in down], fontsize=8)
+        axis.set(xlabel="document, tokens", ylabel="depth of the needle")
+        axis.set_title(name, fontsize=9)
+        axis.spines[:].set_visible(False)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.colorbar(image, ax=axes, label="right, %", shrink=0.7, format=lambda value, _: f"{value * 100:.0f}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _lengths(results: Sequence[Score], path: Path) -> None:
+    """A row for each setting: quality, seconds and bytes against length."""
+    from matplotlib import pyplot as plt
+
+    groups = _settings(results)
+    figure, axes = plt.subplots(
+        len(groups), 3, figsize=(13, 3.6 * len(groups)), squeeze=False, sharex="col", layout="constrained"
+    )
+    for (quality, seconds, size), group in zip(axes, groups, strict=True):
+        lines = [list(line) for _, line in groupby(sorted(group, key=_order), _label)]
+        stored = next(line for line in lines if line[0].condition == "adapter")
+        beside = [line for line in lines if line is stored or line[0].condition == "in_context"]
+        for line in lines:
+            _quality(quality, line, line in beside)
+        for line in beside:
+            style = _style(line[0], True)
+            _line(seconds, line, lambda s: s.seconds_per_document, label=f"{_label(line[0])}: reading it", **style)
+            dotted = style | {"linestyle": ":", "marker": "s"}
+            _line(seconds, line, lambda s: s.seconds_per_answer, label=f"{_label(line[0])}: an answer", **dotted)
+            _line(size, line, lambda s: s.extra_bytes / 1e6, label=_label(line[0]), **style)
+        quality.set(ylabel=f"{title(group[0])}\n\nright, %", ylim=(-3, 103))
+        seconds.set(ylabel="seconds", yscale="log")
+        size.set(ylabel="MB kept of a document", yscale="log")
+        lengths = sorted({score.length for score in group})
+        for axis in (quality, seconds, size):
+            axis.set(xscale="log", xlabel="document, tokens")
+            axis.set_xticks(lengths, [_tokens(length) for length in lengths], fontsize=8)
+            axis.set_xticks([], minor=True)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(fontsize=7.5, frameon=False)
+    axes[0][0].set_title("Whole number right, with 95% intervals", fontsize=10)
+    axes[0][1].set_title("Time, one document alone", fontsize=10)
+    axes[0][2].set_title("Adapter, or KV cache of the prompt", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _order(score: Score) -> tuple[int, int]:
+    rank = 0 if score.rank is None else -score.rank or -(1 << 30)
+    return list(_NAMES).index(score.condition), rank
+
+
+def _style(score: Score, shown: bool) -> dict[str, Any]:
+    color = _BLUE if score.condition == "adapter" else _ORANGE if score.condition == "in_context" else _GREY
+    if not shown:
+        line = {"wrong_document": ":", "no_document": "-."}.get(score.condition, "--")
+        return {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "linewidth": 1, "alpha": 0.7}
+    return {"color": color, "linestyle": "-", "marker": "o", "markersize": 5, "linewidth": 1.8}
+
+
+def _quality(axis: "Axes", line: Sequence[Score], shown: bool) -> None:
+    """The line, with error bars if it is one of the two that are compared."""
+    style = _style(line[0], shown)
+    _line(axis, line, lambda s: 100 * s.exact_match, label=_label(line[0]), **style)
+    if shown:
+        for score in line:
+            axis.vlines(score.length, 100 * score.low, 100 * score.high, color=style["color"], linewidth=1.2)
+
+
+def _line(axis: "Axes", line: Sequence[Score], value: Callable[[Score], float | None], **style: Any) -> None:
+    """A line whose points are hollow where the document was truncated."""
+    points = [(score, y) for score in line if (y := value(score)) is not None]
+    axis.plot([score.length for score, _ in points], [y for _, y in points], zorder=2, **style)
+    cut = [(score.length, y) for score, y in points if _truncated(score)]
+    if cut:
+        hollow = {"linestyle": "", "markerfacecolor": "white", "label": "... its middle left out"}
+        axis.plot(*zip(*cut, strict=True), zorder=3, **style | hollow)
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)

@@ -1,0 +1,134 @@
+"""Trials to scores: shares of right answers with their intervals, and what they cost."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from d2l.tasks.needle import exact_match
+from pipelines.evaluate.answers import Answers, Trial
+
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """Answers under one condition to the questions about documents of one length, at one depth or at all."""
+
+    length: int
+    """Tokens of the documents."""
+    depth: float | Literal["all"]
+    """Where the first needle lies, 0 to 1; `all` for all depths together."""
+    needles: int
+    """Numbers hidden in and asked of each document."""
+    haystack: str
+    """`filler` or `prose`."""
+    distractors: int
+    """Sentences of the same form under other keys."""
+    condition: str
+    """See `answers.Condition`."""
+    rank: int | None
+    """See `Answers.rank`."""
+    n: int
+    """Questions asked."""
+    right: int
+    """Answers that were the whole number and nothing else."""
+    exact_match: float
+    """right / n."""
+    low: float
+    """Lower end of the share's 95% interval (Wilson)."""
+    high: float
+    """Its upper end."""
+    wrong_document: float | None
+    """Of `adapter`: the share right of the same questions with another document's adapter."""
+    tokens_read: int | None
+    """See `Answers.tokens_read`; median."""
+    seconds_per_document: float | None
+    """See `Answers.seconds_per_document`; median."""
+    seconds_per_answer: float | None
+    """See `Answers.seconds_per_answer`; median."""
+    extra_bytes: int
+    """See `Answers.extra_bytes`; median."""
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of which `right` of `n` were seen (Wilson, 1927); valid at 0 and 1 too."""
+    z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
+    share = right / n
+    center = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (center - spread) / (1 + z * z / n)), min(1.0, (center + spread) / (1 + z * z / n))
+
+
+def scores(trials: Iterable[Trial], by_depth: bool = False) -> list[Score]:
+    """Scores of every setting, length and condition; settings in order of appearance, lengths rising.
+
+    Args:
+        trials: of one setting or of several.
+        by_depth: apart for each depth; by default over all of them.
+    """
+    groups: dict[tuple[str, int, int], dict[tuple[int, float], list[Trial]]] = {}
+    for trial in trials:
+        setting = (trial.haystack, trial.needles, trial.distractors)
+        cell = (trial.length, trial.depth if by_depth else 0.0)
+        groups.setdefault(setting, defaultdict(list))[cell].append(trial)
+    return [score for cells in groups.values() for cell in sorted(cells) for score in _cell(cells[cell], by_depth)]
+
+
+def _cell(trials: Sequence[Trial], by_depth: bool) -> list[Score]:
+    """A score for each condition and rank, the order being that in which they were asked."""
+    found: dict[tuple[str, int | None], list[tuple[Trial, Answers]]] = defaultdict(list)
+    for trial in trials:
+        for asked in trial.asked:
+            found[asked.condition, asked.rank].append((trial, asked))
+    wrong = [pair for (condition, _), pairs in found.items() if condition == "wrong_document" for pair in pairs]
+    of_wrong = _right(wrong) / _questions(wrong) if wrong else None
+    result = []
+    for (condition, rank), pairs in found.items():
+        first, n, right = pairs[0][0], _questions(pairs), _right(pairs)
+        low, high = wilson(right, n)
+        result.append(
+            Score(
+                length=first.length,
+                depth=first.depth if by_depth else "all",
+                needles=first.needles,
+                haystack=first.haystack,
+                distractors=first.distractors,
+                condition=condition,
+                rank=rank,
+                n=n,
+                right=right,
+                exact_match=right / n,
+                low=low,
+                high=high,
+                wrong_document=of_wrong if condition == "adapter" else None,
+                tokens_read=_whole(_median(asked.tokens_read for _, asked in pairs)),
+                seconds_per_document=_median(asked.seconds_per_document for _, asked in pairs),
+                seconds_per_answer=_median(asked.seconds_per_answer for _, asked in pairs),
+                extra_bytes=round(statistics.median(asked.extra_bytes for _, asked in pairs)),
+            )
+        )
+    return result
+
+
+def _questions(pairs: Sequence[tuple[Trial, Answers]]) -> int:
+    return sum(len(trial.expected) for trial, _ in pairs)
+
+
+def _right(pairs: Sequence[tuple[Trial, Answers]]) -> int:
+    return sum(
+        exact_match(answer, expected)
+        for trial, asked in pairs
+        for answer, expected in zip(asked.answers, trial.expected, strict=True)
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
