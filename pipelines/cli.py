@@ -30,6 +30,9 @@ class _Command:
 
 
 COMMANDS = {
+    "prepare": _Command(
+        "pipelines.prepare.job:prepare", "PrepareConfig", "make a training set of documents, or of questions about them"
+    ),
     "train needle": _Command(
         "pipelines.training.job:train", "pipelines.training.job:needle_run", "meta-train a hypernetwork to find needles"
     ),

@@ -3,26 +3,43 @@
 from dataclasses import dataclass, field
 
 from d2l.chunking import ChunkingConfig
+from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig
+from pipelines.training.tasks import NeedleTask, QuestionsTask, RepeatTask, Task
+
+
+@dataclass(frozen=True)
+class Share:
+    """A task's part in a mixture."""
+
+    task: Task
+    """What is learned."""
+    weight: float = 1.0
+    """Its share of the document tokens, relative to the others'."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the curriculum: needle documents of one range of lengths."""
+    """A stretch of the curriculum: a mixture of tasks."""
 
     steps: int
     """Optimizer steps."""
-    min_tokens: int
-    """Shortest documents."""
-    max_tokens: int
-    """Longest documents; every batch draws one length, log-uniformly."""
-    batch_tokens: int
-    """Document tokens of one worker's batch."""
-    keyed: float = 0.0
-    """Share of batches whose documents have up to 6 needles under keys, and as many distractors."""
-    prose: float = 0.0
-    """Share of batches in real prose instead of filler (needs `--prose`)."""
+    mixture: tuple[Share, ...]
+    """The tasks; every batch is of one of them."""
+    batch_tokens: int = 4096
+    """Document tokens of one batch at most, padding included. A document that is longer is skipped."""
+    chunk_counts: tuple[float, ...] = ()
+    """Weights of cutting a document into 1, 2, 3 ... chunks even if fewer do; if empty, into as few as it fits."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_tokens < 1 or not self.mixture or min(s.weight for s in self.mixture) <= 0:
+            raise UserError("a stage needs steps and batch_tokens of at least 1, and tasks with weights above 0")
+        for task in (share.task for share in self.mixture):
+            if isinstance(task, NeedleTask) and task.max_tokens > self.batch_tokens:
+                raise UserError(
+                    f"needle task: documents of {task.max_tokens} tokens do not fit batch_tokens {self.batch_tokens}"
+                )
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: the sum of the terms that a batch has, each times its weight."""
+
+    answers: float = 1.0
+    """Cross-entropy on given answers."""
+    teacher: float = 1.0
+    """Cross-entropy against the teacher's log-probabilities."""
+    l1: float = 0.0
+    """Mean absolute value of the generated factors."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What is trained, on what, and how."""
 
@@ -55,27 +84,41 @@ class Recipe:
     """The hypernetwork; with `--init-from`, that checkpoint's configuration counts."""
     stages: tuple[Stage, ...] = ()
     """The curriculum, one stage after the other."""
+    batches_per_step: int = 1
+    """Batches whose gradients make one optimizer step, whatever the number of workers, which has to divide it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
-    l1: float = 0.0
-    """Weight of the L1 penalty on the generated factors."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Weights of the losses."""
+    gradient_checkpointing: bool = False
+    """Compute the base model's activations again in the backward pass: a third more time, far less memory."""
+    data: str | None = None
+    """Training set of tasks that name none (`d2l prepare` makes one)."""
     prose: str | None = None
     """Parquet file with a column `text`, or a text file, for haystacks of prose; every tenth text is for evaluation."""
+    dev_documents: int = 32
+    """Documents of each task that evaluation in the course of training is on, the same ones every time."""
     seed: int = 0
     """Everything random follows from it."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("the recipe has no steps; give it a stage")
+        if self.batches_per_step < 1:
+            raise UserError(f"batches_per_step must be at least 1, got {self.batches_per_step}")
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
-        """The stage that `step` (from 0) belongs to."""
-        for stage in self.stages:
+    def stage_of(self, step: int) -> int:
+        """The number of the stage that `step` (from 0) belongs to; of the last one at the end."""
+        for number, stage in enumerate(self.stages[:-1]):
             if step < stage.steps:
-                return stage
+                return number
             step -= stage.steps
-        raise UserError("the step lies beyond the last stage of the recipe")
+        return len(self.stages) - 1
 
 
 def needle() -> Recipe:
@@ -86,8 +129,64 @@ def needle() -> Recipe:
     return Recipe(
         hypernetwork=HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=256, overlap_tokens=24)),
         stages=(
-            Stage(steps=80, min_tokens=30, max_tokens=60, batch_tokens=1400),
-            Stage(steps=60, min_tokens=60, max_tokens=256, batch_tokens=3000, keyed=0.6, prose=0.5),
-            Stage(steps=160, min_tokens=256, max_tokens=3072, batch_tokens=6144, keyed=0.6, prose=0.5),
+            Stage(80, (Share(NeedleTask(30, 60)),), batch_tokens=1400),
+            Stage(60, (Share(NeedleTask(60, 256, keyed=0.6, prose=0.5)),), batch_tokens=3000),
+            Stage(160, (Share(NeedleTask(256, 3072, keyed=0.6, prose=0.5)),), batch_tokens=6144),
         ),
+    )
+
+
+def qa() -> Recipe:
+    """Answer questions about documents of a training set; repeating them teaches to keep what they say."""
+    mixture = (Share(QuestionsTask(), 0.5), Share(RepeatTask(), 0.3), Share(NeedleTask(60, 512, keyed=0.6), 0.2))
+    return Recipe(
+        hypernetwork=HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=256, overlap_tokens=24)),
+        stages=(
+            Stage(1000, mixture, batch_tokens=2048),
+            Stage(1000, mixture, batch_tokens=4096, chunk_counts=(0.5, 0.25, 0.25)),
+        ),
+    )
+
+
+def gemma2_2b() -> Recipe:
+    """The paper's question answering on Gemma 2 2B."""
+    return _paper("google/gemma-2-2b-it")
+
+
+def mistral_7b() -> Recipe:
+    """The paper's question answering on Mistral 7B."""
+    return _paper("mistralai/Mistral-7B-Instruct-v0.2")
+
+
+def qwen3_4b() -> Recipe:
+    """The paper's question answering on Qwen3 4B."""
+    return _paper("Qwen/Qwen3-4B-Instruct-2507")
+
+
+def _paper(base: str) -> Recipe:
+    """Doc-to-LoRA (arXiv 2602.15902): single chunks, then several, learned from the teacher's log-probabilities.
+
+    A step has 8 batches, so that 1, 2, 4 or 8 workers take the same steps.
+    """
+    questions = (Share(QuestionsTask(targets="teacher", teacher="stream")),)
+    return Recipe(
+        base=base,
+        hypernetwork=HypernetworkConfig(
+            generator="perceiver",
+            generator_config={"width": 512, "latents": 8, "blocks": 9},
+            encoder=EncoderConfig("per_layer"),
+            target_modules=("down_proj",),
+            rank=8,
+            bias_rank=8,
+            scale=2 * 8**1.5,
+            chunking=ChunkingConfig(max_chunk_tokens=1024),
+        ),
+        stages=(
+            Stage(80_000, questions, batch_tokens=16_384),
+            Stage(20_000, questions, batch_tokens=16_384, chunk_counts=(0.5, 0.125, *[0.0625] * 6)),
+        ),
+        batches_per_step=8,
+        optimizer=OptimizerConfig(learning_rate=4e-5, beta2=0.999, warmup_steps=1000, final=0.0),
+        loss=LossConfig(l1=0.1),
+        gradient_checkpointing=True,
     )

@@ -1,7 +1,11 @@
 """MLflow: what is recorded of a run, and where. Local runs use a SQLite file; a server is an option away."""
 
 import contextlib
+import logging
+import os
 import re
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,12 +15,19 @@ from typing import Any
 import matplotlib
 import mlflow
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from d2l.config import to_dict
+from d2l.errors import UserError
+from d2l.storage import one_line
 
 matplotlib.use("Agg")
 DEFAULT_URI = "sqlite:///mlflow.db"
+_FLUSH_SECONDS = 5.0
+_MOST_PENDING = 100_000
+"""Metrics kept for a server that does not answer; beyond, the oldest are lost."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +42,35 @@ class TrackingConfig:
     """The run to record into; a new one if empty."""
 
 
-def open_run(config: TrackingConfig, name: str, parameters: Any) -> TrackingConfig:
+def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str, str] | None = None) -> TrackingConfig:
     """Continue `config.run_id`, or open a run with the fields of the dataclass `parameters`.
 
     Returns:
         The configuration with the run's id, and valid in any folder: workers run in others than the command.
+
+    Raises:
+        UserError: MLflow cannot be reached, or has no such run.
     """
     if re.match("sqlite:///[^/]", config.uri):
         config = replace(config, uri=config.uri.replace("sqlite:///", f"sqlite:///{Path.cwd()}/"))
-    mlflow.set_tracking_uri(config.uri)
-    client = MlflowClient()
-    if config.run_id:
-        client.update_run(config.run_id, status="RUNNING")
-        return config
-    experiment = mlflow.set_experiment(config.experiment)
-    run = client.create_run(experiment.experiment_id, run_name=name)
-    for key, value in _flat(to_dict(parameters)).items():
-        client.log_param(run.info.run_id, key, str(value)[:500])
+    # A server that is away for a moment is waited for later, when there is work to lose; not at the start.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    try:
+        mlflow.set_tracking_uri(config.uri)
+        client = MlflowClient()
+        if config.run_id:
+            client.update_run(config.run_id, status="RUNNING")
+            return config
+        experiment = mlflow.set_experiment(config.experiment)
+        run = client.create_run(experiment.experiment_id, run_name=name, tags=tags)
+        for key, value in _flat(to_dict(parameters)).items():
+            client.log_param(run.info.run_id, key, str(value)[:500])
+    except Exception as error:  # of MLflow, of its HTTP client, or of the database, by the kind of URI
+        reason = one_line(error)[:300]
+        raise UserError(
+            f"MLflow at {config.uri} cannot be used ({reason}); start it, or give --tracking.uri"
+        ) from error
     return replace(config, run_id=run.info.run_id)
 
 
@@ -59,49 +82,121 @@ def closing(config: TrackingConfig) -> Iterator[MlflowClient]:
     try:
         yield client
     except BaseException:
-        client.set_terminated(config.run_id, "FAILED")
+        with forgiven("the run's end"):
+            client.set_terminated(config.run_id, "FAILED")
         raise
-    client.set_terminated(config.run_id, "FINISHED")
+    with forgiven("the run's end"):
+        client.set_terminated(config.run_id, "FINISHED")
+
+
+@contextlib.contextmanager
+def forgiven(what: str) -> Iterator[None]:
+    """Warn instead of failing if MLflow cannot record `what`: the work is worth more than its record."""
+    try:
+        yield
+    except Exception as error:  # see `open_run`
+        logging.getLogger(__name__).warning("MLflow did not take %s: %s", what, one_line(error)[:300])
+
+
+def log_json(config: TrackingConfig, values: dict[str, Any], name: str) -> None:
+    """Record a JSON object as the run's artifact `name`."""
+    MlflowClient(config.uri).log_dict(config.run_id, values, name)
+
+
+def git_tags() -> dict[str, str]:
+    """Commit and state of the Git checkout that the code runs from, as tags of a run; none if it is in no checkout."""
+    try:
+        where = Path(__file__).parent
+        command = ["git", "-C", str(where)]
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        state = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit.stdout.strip(), "git.changed_files": str(len(state.stdout.splitlines()))}
 
 
 class Tracker:
-    """Records a training run's metrics from its first worker, and prints a line now and then."""
+    """Records a training run from its first worker. A thread does the writing, so that training never waits for it."""
 
     def __init__(self, config: TrackingConfig):
         mlflow.set_tracking_uri(config.uri)
         self._client, self._run_id = MlflowClient(), config.run_id
         self._pending: list[Metric] = []
-        self._flushed = self._printed = 0.0
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._system = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=config.uri)
+        self._system.start()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow")
+        self._thread.start()
 
-    def log(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """Record one step's metrics; written a few seconds late, the last step at once."""
-        now = time.time()
-        self._pending += [Metric(name, value, int(now * 1000), step) for name, value in metrics.items()]
-        if now - self._flushed > 5 or step == steps:
-            for start in range(0, len(self._pending), 1000):
-                self._client.log_batch(self._run_id, metrics=self._pending[start : start + 1000])
-            self._pending, self._flushed = [], now
-        if now - self._printed > 20 or step == steps:
-            left = (steps - step) * metrics["seconds"] / 60
-            shown = ["answer_loss", "exact_match", "gradient_norm", "tokens_per_second", "data_wait"]
-            text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
-            print(f"step {step}/{steps}  {text}  about {left:.0f} min left", flush=True)
-            self._printed = now
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one step's metrics, a few seconds late."""
+        now = int(time.time() * 1000)
+        with self._lock:
+            self._pending += [Metric(name, value, now, step) for name, value in metrics.items()]
+
+    def log_table(self, rows: list[dict[str, str]], step: int) -> None:
+        """Record a table as an artifact of the step."""
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        with forgiven("a table"):
+            self._client.log_table(self._run_id, columns, f"samples/step-{step:08d}.json")
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._closing.set()
+        self._thread.join()
+        self._system.finish()
+
+    def _work(self) -> None:
+        while not self._closing.wait(_FLUSH_SECONDS):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            taken, self._pending = self._pending, []
+        written = 0
+        with forgiven("metrics; they are kept and tried again"):
+            while written < len(taken):
+                self._client.log_batch(self._run_id, metrics=taken[written : written + 1000])
+                written += 1000
+        if written < len(taken):
+            with self._lock:
+                self._pending = (taken[written:] + self._pending)[-_MOST_PENDING:]
+
+
+def register(client: MlflowClient, run_id: str, artifact: str, name: str) -> str:
+    """Register a run's artifact folder as a new version of the model `name`, with the alias `best`.
+
+    Returns:
+        The version.
+    """
+    with contextlib.suppress(MlflowException):  # it exists
+        client.create_registered_model(name)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{artifact}"
+    version = client.create_model_version(name, source, run_id)
+    client.set_registered_model_alias(name, "best", version.version)
+    return str(version.version)
 
 
 def plot_curves(client: MlflowClient, run_id: str, path: Path) -> None:
-    """Draw loss and accuracy over steps as a PNG and attach it to the run."""
+    """Draw losses and accuracies over steps as a PNG and attach it to the run."""
     from matplotlib import pyplot as plt
 
+    measured = client.get_run(run_id).data.metrics
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for axis, name, label in (
-        (axes[0], "answer_loss", "loss, nats per token"),
-        (axes[1], "exact_match", "whole answer right"),
+    for axis, end, label in (
+        (axes[0], "_loss", "loss, nats per token"),
+        (axes[1], "exact_match", "share of answers right throughout"),
     ):
-        history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.step)
-        axis.plot([metric.step for metric in history], [metric.value for metric in history], lw=1)
+        for name in sorted(name for name in measured if name.endswith(end) and name != "dev_loss"):
+            # A run that was killed has the steps after its last checkpoint twice: the later record counts.
+            history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
+            points = dict(sorted({metric.step: metric.value for metric in history}.items()))
+            dev = name.startswith("dev_")
+            axis.plot(list(points), list(points.values()), "o-" if dev else "-", lw=1, ms=3, label=name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     axes[0].set_yscale("log")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,19 +1,29 @@
-"""Training on a real Ray cluster: learns, records, resumes where it was stopped, and starts from given weights."""
+"""Training on a real Ray cluster: learns, records, goes on where it was killed, and does not depend on its workers."""
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from d2l.chunking import ChunkingConfig
+from d2l.config import to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
-from pipelines.recipes import OptimizerConfig, Recipe, Stage
+from d2l.storage import Storage
+from pipelines.recipes import OptimizerConfig, Recipe, Share, Stage
 from pipelines.tracking import TrackingConfig
-from pipelines.train import TrainConfig, train
+from pipelines.training.job import TrainConfig, train
+from pipelines.training.tasks import NeedleTask, QuestionsTask, RepeatTask
 
 CHUNKING = ChunkingConfig(max_chunk_tokens=64)
 
@@ -21,66 +31,165 @@ CHUNKING = ChunkingConfig(max_chunk_tokens=64)
 @pytest.fixture
 def run(ray_cluster, tiny_llama, tmp_path):
     """A run of a few steps on a tiny model, single chunks and then two."""
-    stages = (
-        Stage(steps=4, min_tokens=40, max_tokens=60, batch_tokens=160),
-        Stage(steps=4, min_tokens=150, max_tokens=160, batch_tokens=320, keyed=1.0),
-    )
     recipe = Recipe(
         base=tiny_llama.name,
         hypernetwork=HypernetworkConfig(generator_config={"key_rank": 4, "value_width": 8}, chunking=CHUNKING),
-        stages=stages,
+        stages=(
+            Stage(4, (Share(NeedleTask(40, 60)),), batch_tokens=160),
+            Stage(4, (Share(NeedleTask(150, 160, keyed=1.0)),), batch_tokens=320),
+        ),
+        batches_per_step=2,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        dev_documents=4,
     )
     tracking = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", "test")
-    return TrainConfig(recipe, output=tmp_path / "run", checkpoint_every=3, tracking=tracking)
+    return TrainConfig(recipe, str(tmp_path / "run"), checkpoint_every=3, evaluate_every=4, tracking=tracking)
 
 
-def test_a_run_leaves_weights_curves_and_a_record(run, tiny_llama):
-    report = train(run)
-    assert report["steps"] == 8
+def losses(run, report):
+    """The loss of each step; where a run was killed, of the record that counts."""
+    history = MlflowClient(run.tracking.uri).get_metric_history(report["mlflow_run"], "loss")
+    return dict(sorted({m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}.items()))
+
+
+def test_a_run_leaves_weights_curves_and_a_record(run, tiny_llama, tmp_path):
+    report = train(dataclasses.replace(run, register="tiny", device_tflops=0.1))
     trained = Hypernetwork.from_pretrained(report["hypernetwork"], tiny_llama)
     assert any(t.abs().max() > 0 for name, t in trained.state_dict().items() if name.endswith("value_out.weight"))
-    assert (run.output / "curves.png").stat().st_size > 1000
+    assert (tmp_path / "run/curves.png").stat().st_size > 1000
     client = MlflowClient(run.tracking.uri)
-    losses = client.get_metric_history(report["mlflow_run"], "answer_loss")
-    assert [metric.step for metric in losses] == list(range(1, 9))
+    assert list(losses(run, report)) == list(range(1, 9))
     record = client.get_run(report["mlflow_run"])
     assert record.info.status == "FINISHED"
     assert record.data.params["recipe.base"] == tiny_llama.name
-    assert any(item.path == "hypernetwork" for item in client.list_artifacts(report["mlflow_run"]))
+    assert {"padding", "data_wait", "tokens_per_second", "share_of_peak", "dev_loss"} <= set(record.data.metrics)
+    assert [m.step for m in client.get_metric_history(report["mlflow_run"], "dev_loss")] == [4, 8]
+    artifacts = {item.path for item in client.list_artifacts(report["mlflow_run"])}
+    assert {"hypernetwork", "recipe.json", "samples", "curves.png"} <= artifacts
+    assert client.get_model_version_by_alias("tiny", "best").run_id == report["mlflow_run"]
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == run.keep_checkpoints
 
 
-def test_the_same_command_continues_a_stopped_run_to_the_same_weights(run, tmp_path):
-    first, second = run.recipe.stages
-    # The learning rate depends on the length of the run: it is held still to compare.
-    recipe = dataclasses.replace(run.recipe, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, final=1.0))
-    stopped = dataclasses.replace(recipe, stages=(first, dataclasses.replace(second, steps=2)))
-    whole = train(dataclasses.replace(run, output=tmp_path / "whole", recipe=recipe))
-    early = train(dataclasses.replace(run, recipe=stopped))
-    late = train(dataclasses.replace(run, recipe=recipe))
-    assert late["mlflow_run"] == early["mlflow_run"]
+def test_two_workers_take_the_steps_of_one(run, tmp_path):
+    one = train(dataclasses.replace(run, evaluate_every=0))
+    two = train(dataclasses.replace(run, evaluate_every=0, workers=2, output=str(tmp_path / "two")))
+    assert losses(run, two) == pytest.approx(losses(run, one), abs=1e-4)
+
+
+_KILLED = """
+import json, os, sys
+from d2l.config import from_dict
+from pipelines.training import job, checkpoints
+import pickle
+config = pickle.load(open(sys.argv[1], "rb"))
+job.train(config)
+"""
+
+
+def test_a_killed_run_goes_on_as_if_undisturbed(run, tmp_path):
+    import pickle
+
+    whole = train(dataclasses.replace(run, output=str(tmp_path / "whole")))
+    # On a Ray of its own, killed with everything that it started.
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(run))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(tmp_path / "config.pkl")],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/step-*/state.json")):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = max(int(p.parent.name[5:]) for p in (tmp_path / "run").glob("checkpoints/step-*/state.json"))
+    late = train(run)
+    assert killed_at < 8, "it was killed too late to prove anything"
+    assert len(MlflowClient(run.tracking.uri).search_runs(["1"])) == 2
+    assert losses(run, late) == pytest.approx(losses(run, whole), abs=1e-5)
     expected = load_file(f"{whole['hypernetwork']}/model.safetensors")
     for name, tensor in load_file(f"{late['hypernetwork']}/model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_a_run_starts_from_given_weights(run, tmp_path):
-    first = train(run)
+    first = train(dataclasses.replace(run, evaluate_every=0))
     frozen = dataclasses.replace(run.recipe, optimizer=OptimizerConfig(learning_rate=0.0, weight_decay=0.0))
-    again = train(dataclasses.replace(run, recipe=frozen, output=tmp_path / "again", init_from=first["hypernetwork"]))
-    assert json.loads((tmp_path / "again/hypernetwork/config.json").read_text())["fingerprint"]
+    again = train(
+        dataclasses.replace(run, recipe=frozen, output=str(tmp_path / "again"), init_from=first["hypernetwork"])
+    )
     expected = load_file(f"{first['hypernetwork']}/model.safetensors")
     for name, tensor in load_file(f"{again['hypernetwork']}/model.safetensors").items():
         assert torch.equal(tensor, expected[name])
 
 
-def test_two_workers_learn_together(run, tmp_path):
-    report = train(dataclasses.replace(run, workers=2, output=tmp_path / "two"))
-    assert report["steps"] == 8
+def training_set(root):
+    """A prepared training set: 12 documents to train on and 2 to evaluate on, one of them without an answer."""
+    storage = Storage(root)
+    for split, count in (("train", 12), ("dev", 2)):
+        rows = [
+            {
+                "doc_id": f"{split}{i}",
+                "document": f"The magic number of the {i}th harbour is {1000 + i}. Remember it.",
+                "questions": ["What is the magic number?", "What is this about?"],
+                "answers": [str(1000 + i), "" if i == 0 else "a harbour"],
+            }
+            for i in range(count)
+        ]
+        storage.filesystem.makedirs(storage.path(split), exist_ok=True)
+        with storage.filesystem.open(storage.path(f"{split}/0.parquet"), "wb") as stream:
+            pq.write_table(pa.Table.from_pylist(rows), stream, row_group_size=4)
+    return root
 
 
-def test_mistakes_are_named(run):
-    with pytest.raises(UserError, match="no steps"):
-        train(dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, stages=())))
+def test_a_mixture_with_a_streamed_teacher_learns_from_s3_into_s3(run, s3_bucket, tmp_path):
+    data = training_set(f"{s3_bucket}/squad")
+    mixture = (
+        Share(QuestionsTask(targets="both", teacher="stream"), 2.0),
+        Share(RepeatTask(max_tokens=40)),
+        Share(NeedleTask(40, 60)),
+    )
+    recipe = dataclasses.replace(run.recipe, stages=(Stage(6, mixture, batch_tokens=160),), data=data)
+    report = train(dataclasses.replace(run, recipe=recipe, output=f"{s3_bucket}/run"))
+    assert report["metrics"]["skipped/questions without an answer"] >= 1
+    assert Storage(f"{s3_bucket}/run/hypernetwork").exists("config.json")
+    metrics = MlflowClient(run.tracking.uri).get_run(report["mlflow_run"]).data.metrics
+    assert {"questions/teacher_loss", "repeat/answer_loss", "needle/answer_loss"} <= set(metrics)
+    assert {"dev_questions_loss", "dev_repeat_loss", "dev_needle_60_loss"} <= set(metrics)
+    again = train(dataclasses.replace(run, recipe=recipe, output=f"{s3_bucket}/run"))  # nothing is left to do
+    assert again["mlflow_run"] == report["mlflow_run"]
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run_in_the_end(run):
+    broken = dataclasses.replace(run.recipe.hypernetwork, scale=1e38)
+    stages = (dataclasses.replace(run.recipe.stages[0], steps=20),)
+    with pytest.raises(UserError, match="10 steps in a row without a finite gradient"):
+        train(dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, hypernetwork=broken, stages=stages)))
+
+
+def test_another_recipe_does_not_go_into_the_folder_of_a_run(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    other = dataclasses.replace(run.recipe, seed=1, loss=dataclasses.replace(run.recipe.loss, l1=0.5))
+    (tmp_path / "run/run.json").write_text(json.dumps({"mlflow_run": "x", "recipe": to_dict(other)}))
+    with pytest.raises(UserError, match=r"another recipe; it differs in loss\.l1, seed"):
+        train(run)
+
+
+def test_mistakes_are_named(run, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         train(dataclasses.replace(run, init_from="nowhere"))
+    with pytest.raises(UserError, match="3 workers cannot share the 2 batches"):
+        train(dataclasses.replace(run, workers=3))
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 does not work"):
+        train(dataclasses.replace(run, tracking=TrackingConfig("http://127.0.0.1:9")))
+    (tmp_path / "train").mkdir()
+    pq.write_table(pa.table({"document": ["a"], "answer": ["b"]}), tmp_path / "train/0.parquet")
+    stages = (Stage(1, (Share(QuestionsTask()),)),)
+    recipe = dataclasses.replace(run.recipe, stages=stages, data=str(tmp_path))
+    with pytest.raises(UserError, match=r"lacks column\(s\) questions, answers; it has document, answer"):
+        train(dataclasses.replace(run, recipe=recipe))

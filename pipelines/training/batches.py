@@ -1,0 +1,130 @@
+"""Batches: a look-ahead window of documents, sorted by the length of their chunks and cut to a budget of tokens.
+
+A window's batches come in random order, each of one task. What is in window n of a shard follows from the recipe and n
+alone, so that training can go on at any batch of it.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2l.chunking import Affixes, ChunkBatch, batch_chunks
+from pipelines.training.tasks import Document
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents of one task that are learned from together."""
+
+    task: str
+    """The task's name."""
+    learns_answers: bool
+    """Whether the given answers are learned, or only the teacher's log-probabilities along them."""
+    documents: list[Document]
+    """At least one."""
+
+
+def pack(documents: Sequence[Document], batch_tokens: int, skipped: Counter[str]) -> list[list[Document]]:
+    """Cut documents into batches of at most `batch_tokens` tokens: chunks times the longest one's length.
+
+    Every document comes in one batch, except one that is over the budget by itself: it is counted in `skipped`.
+    """
+    batches: list[list[Document]] = []
+    chunks = 0
+    for document in sorted(documents, key=lambda d: (d.width, sum(map(len, d.answers)))):
+        own = len(document.chunks)
+        if own * document.width > batch_tokens:
+            skipped["documents longer than batch_tokens"] += 1
+            continue
+        # Sorted, so that this document's chunks are the longest so far.
+        if not batches or (chunks + own) * document.width > batch_tokens:
+            batches.append([])
+            chunks = 0
+        batches[-1].append(document)
+        chunks += own
+    return batches
+
+
+def shuffled(batches: Sequence[PackedBatch], seed: str) -> list[PackedBatch]:
+    """The batches in an order that follows from `seed`."""
+    order = list(batches)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Documents with their questions, as tensors."""
+
+    task: str
+    """Name of the task that they are of."""
+    learns_answers: bool
+    """Whether the given answers are learned."""
+    chunks: ChunkBatch
+    """Chunks of all documents, one after the other."""
+    chunks_per_document: list[int]
+    questions: list[int]
+    """How many questions each document has."""
+    ids: Tensor
+    """[questions, tokens] int64: prompt and answer, padded on the right."""
+    places: Tensor
+    """[answer tokens] int64: where in the flattened `ids` the tokens before those of the answers stand."""
+    labels: Tensor
+    """[answer tokens] int64: the tokens of all answers, one after the other."""
+    answer_lengths: list[int]
+    """Tokens of each answer, the end token included."""
+    teacher_ids: Tensor | None
+    """[answer tokens, k] int64, where the teacher is learned from."""
+    teacher_log_probs: Tensor | None
+    """[answer tokens, k]."""
+
+    @property
+    def tokens(self) -> int:
+        """Document tokens, without affixes and padding."""
+        return int(self.chunks.content.sum())
+
+    @property
+    def padded_tokens(self) -> int:
+        """Document tokens with padding."""
+        return len(self.chunks.ids) * int(self.chunks.content.sum(1).max())
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor | ChunkBatch)
+        }
+        return replace(self, **moved)
+
+
+def collate(batch: PackedBatch, affixes: Affixes, pad_id: int) -> TrainingBatch:
+    """Pad and join a batch's documents to tensors."""
+    documents = batch.documents
+    prompts = [prompt for document in documents for prompt in document.prompts]
+    answers = [answer for document in documents for answer in document.answers]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = np.full((len(prompts), width), pad_id, np.int64)
+    places = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = np.concatenate([prompt, answer])
+        places.append(np.arange(len(prompt) - 1, end - 1) + row * width)
+    targets = [target for document in documents for target in document.targets or ()]
+    return TrainingBatch(
+        task=batch.task,
+        learns_answers=batch.learns_answers,
+        chunks=batch_chunks([chunk.tolist() for document in documents for chunk in document.chunks], affixes, pad_id),
+        chunks_per_document=[len(document.chunks) for document in documents],
+        questions=[len(document.prompts) for document in documents],
+        ids=torch.from_numpy(ids),
+        places=torch.from_numpy(np.concatenate(places)),
+        labels=torch.from_numpy(np.concatenate(answers).astype(np.int64)),
+        answer_lengths=[len(answer) for answer in answers],
+        teacher_ids=torch.from_numpy(np.concatenate([t.ids for t in targets]).astype(np.int64)) if targets else None,
+        teacher_log_probs=torch.from_numpy(np.concatenate([t.log_probs for t in targets])) if targets else None,
+    )

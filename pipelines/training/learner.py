@@ -1,0 +1,114 @@
+"""The learner: hypernetwork and frozen base model as one module, from a batch to its loss.
+
+A document is encoded once for all its questions. Weights are float32, matrix products in the base model's dtype.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from d2l.base_model import BaseModel
+from d2l.factors import Factors, combine_chunks, map_tensors
+from d2l.hypernetwork import Hypernetwork
+from d2l.injection import Rows, inject
+from d2l.losses import cross_entropy, distillation, l1, mean_by_document
+from pipelines.recipes import LossConfig
+from pipelines.training.batches import TrainingBatch
+
+
+class MetaLearner(nn.Module):
+    """One module, so that DDP sees all parameters used; only the hypernetwork's have gradients."""
+
+    def __init__(
+        self, base: BaseModel, hypernetwork: Hypernetwork, loss: LossConfig, gradient_checkpointing: bool = False
+    ):
+        super().__init__()
+        self.hypernetwork = hypernetwork
+        self._base = [base]  # a list hides the frozen model from nn.Module
+        self.weights = loss
+        self.gradient_checkpointing = gradient_checkpointing
+        self._softcap: float | None = getattr(base.model.config, "final_logit_softcapping", None)  # Gemma 2
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and metrics.
+
+        Returns:
+            The loss, a scalar; and `answer_loss`, `token_accuracy`, `exact_match` (share of answers that are right
+            throughout, given their beginnings), where there is a teacher `teacher_loss`, where it counts `l1`.
+        """
+        base = self._base[0]
+        chunk_factors, adapted = self.adapters(batch)
+        recomputed = _recomputed(base, adapted) if self.gradient_checkpointing else nullcontext()
+        with adapted(), recomputed:
+            hidden = base.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+        # Only where answers stand: the head is by far the widest matrix.
+        logits = F.linear(hidden.flatten(0, 1)[batch.places], base.model.get_output_embeddings().weight)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return self._losses(batch, logits, chunk_factors)
+
+    def adapters(self, batch: TrainingBatch) -> tuple[Factors, Callable[[], AbstractContextManager[None]]]:
+        """Generate the adapters of a batch's documents.
+
+        Returns:
+            The factors of each chunk, and a function to a context in which the base model has, in a batch of one row to
+            a question, the adapter of the question's document.
+        """
+        base, dtype = self._base[0], self._base[0].dtype
+        mixed = torch.autocast(base.device.type, dtype) if dtype != torch.float32 else nullcontext()
+        with mixed:
+            chunk_factors = self.hypernetwork(batch.chunks)
+        factors = map_tensors(combine_chunks(chunk_factors, batch.chunks_per_document), lambda t: t.to(dtype))
+        bias = map_tensors(self.hypernetwork.bias_factors() or {}, lambda t: t.to(dtype).unsqueeze(1))
+        scale = self.hypernetwork.config.scale
+        documents = Rows(tuple(i for i, count in enumerate(batch.questions) for _ in range(count)))
+        everywhere = Rows((0,) * len(batch.ids))
+
+        @contextmanager
+        def adapted() -> Iterator[None]:
+            with inject(base, factors, documents, scale), inject(base, bias, everywhere, scale):
+                yield
+
+        return chunk_factors, adapted
+
+    def _losses(self, batch: TrainingBatch, logits: Tensor, chunk_factors: Factors) -> tuple[Tensor, dict[str, Tensor]]:
+        def mean(losses: Tensor) -> Tensor:
+            return mean_by_document(losses, batch.answer_lengths, batch.questions)
+
+        with nullcontext() if batch.learns_answers else torch.no_grad():
+            answer_loss = mean(cross_entropy(logits, batch.labels))
+        loss = self.weights.answers * answer_loss if batch.learns_answers else torch.zeros_like(answer_loss)
+        right = logits.detach().argmax(-1) == batch.labels
+        exact = torch.stack([part.all() for part in right.split(batch.answer_lengths)]).float().mean()
+        metrics = {"answer_loss": answer_loss, "token_accuracy": right.float().mean(), "exact_match": exact}
+        if batch.teacher_ids is not None:
+            assert batch.teacher_log_probs is not None
+            metrics["teacher_loss"] = mean(distillation(logits, batch.teacher_log_probs, batch.teacher_ids))
+            loss = loss + self.weights.teacher * metrics["teacher_loss"]
+        if self.weights.l1:
+            metrics["l1"] = l1(chunk_factors)
+            loss = loss + self.weights.l1 * metrics["l1"]
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+@contextmanager
+def _recomputed(base: BaseModel, adapted: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """While it lasts, layers keep only their inputs for the backward pass, which runs them again.
+
+    By then the adapters' hooks are gone: `adapted` puts them back for the layer that is run again.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), adapted()
+
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    with ExitStack() as stack:
+        for layer in base.layers:
+            layer.forward = partial(again, layer.forward)
+            stack.callback(delattr, layer, "forward")
+        yield

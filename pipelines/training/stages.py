@@ -1,0 +1,100 @@
+"""Stages with their sources opened: what is in each window of a shard, and what is kept out of training for evaluation.
+
+A window has documents of each task, in proportion to the tasks' shares. Which ones follows from the window's number.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from d2l.base_model import resolve
+from pipelines.recipes import Recipe
+from pipelines.training.batches import PackedBatch, pack, shuffled
+from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceConfig, Task, open_task
+
+WINDOW_BATCHES = 8
+"""Batches that a window has, about: the look-ahead that keeps padding low."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """A stage's sources, opened. Small and picklable."""
+
+    base: str
+    """Base model, whose tokenizer is used."""
+    tasks: tuple[Task, ...]
+    sources: tuple[Source, ...]
+    """One to a task."""
+    rates: tuple[float, ...]
+    """Documents of each task in a window, on average."""
+    batch_tokens: int
+    shards: int
+    seed: str
+
+    @property
+    def streams_teacher(self) -> bool:
+        """Whether a task's targets are to be computed on the way."""
+        return any(
+            isinstance(t, QuestionsTask) and t.targets != "answers" and t.teacher == "stream" for t in self.tasks
+        )
+
+    def window(
+        self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int
+    ) -> tuple[list[PackedBatch], Counter[str]]:
+        """The batches of a window in their order, and how many documents were skipped or cut, by reason."""
+        batches: list[PackedBatch] = []
+        skipped: Counter[str] = Counter()
+        for task, source, rate in zip(self.tasks, self.sources, self.rates, strict=True):
+            start, stop = int(number * rate), int((number + 1) * rate)
+            documents, reasons = source.documents(tokenizer, shard, self.shards, start, stop)
+            skipped += reasons
+            learns_answers = not isinstance(task, QuestionsTask) or task.targets != "teacher"
+            packed = pack(documents, self.batch_tokens, skipped)
+            batches += [PackedBatch(source.name, learns_answers, part) for part in packed]
+        return shuffled(batches, f"{self.seed}/{shard}/{number}"), skipped
+
+
+def open_stages(recipe: Recipe) -> list[StageData]:
+    """Open the sources of every stage.
+
+    Raises:
+        UserError: a training set is missing, damaged, or of no use.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.base))
+    opened = []
+    for number, stage in enumerate(recipe.stages):
+        config = SourceConfig(recipe.hypernetwork.chunking, stage.chunk_counts, recipe.prose)
+        seeds = [f"{recipe.seed}/{number}/{i}" for i in range(len(stage.mixture))]
+        tasks = tuple(share.task for share in stage.mixture)
+        sources = [open_task(task, config, seed, recipe.data) for task, seed in zip(tasks, seeds, strict=True)]
+        total = sum(share.weight for share in stage.mixture)
+        tokens = [share.weight / total * WINDOW_BATCHES * stage.batch_tokens for share in stage.mixture]
+        rates = tuple(part / s.mean_tokens(tokenizer) for part, s in zip(tokens, sources, strict=True))  # type: ignore[union-attr]
+        seed = f"{recipe.seed}/{number}"
+        shards = recipe.batches_per_step
+        opened.append(StageData(recipe.base, tasks, tuple(sources), rates, stage.batch_tokens, shards, seed))  # type: ignore[arg-type]
+    return opened
+
+
+def dev_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[PackedBatch]]:
+    """The documents that evaluation in the course of training is on: of each distinct task, by a name for it.
+
+    They are kept out of training: made from other seeds, held-out prose, or the training set's split `dev`.
+    """
+    config = SourceConfig(recipe.hypernetwork.chunking, (), recipe.prose, held_out=True)
+    tasks = list(dict.fromkeys(share.task for stage in recipe.stages for share in stage.mixture))
+    found: dict[str, list[PackedBatch]] = {}
+    for task in tasks:
+        if isinstance(task, QuestionsTask):
+            task = replace(task, targets="answers")
+        source = open_task(task, config, f"{recipe.seed}/dev", recipe.data)
+        if source is None or not recipe.dev_documents:
+            continue
+        documents, _ = source.documents(tokenizer, 0, 1, 0, recipe.dev_documents)
+        budget = max(stage.batch_tokens for stage in recipe.stages)
+        batches = [PackedBatch(source.name, True, part) for part in pack(documents, budget, Counter())]
+        name = f"needle_{task.max_tokens}" if isinstance(task, NeedleTask) else source.name
+        if batches:
+            found[name if name not in found else f"{name}_{len(found)}"] = batches
+    return found

@@ -1,0 +1,232 @@
+"""Batches on their way to a training worker: Ray Data reads, makes, tokenises and packs them on CPUs beside it.
+
+    window numbers -> packed documents (actors) -> teacher's targets (actors, GPUs) -> collated (a thread of the worker)
+
+An optimizer step has one batch of each shard; a worker has an equal part of the shards, and one dataset for them, whose
+rows come in order. A shard's position is its window and the batches taken from it: all that a checkpoint needs.
+"""
+
+import pickle
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray.data
+from ray.data import ActorPoolStrategy, ExecutionResources
+from transformers import AutoTokenizer
+
+from d2l.base_model import resolve
+from d2l.chunking import Affixes
+from d2l.errors import UserError
+from pipelines.recipes import Recipe
+from pipelines.teacher import Teacher
+from pipelines.training.batches import PackedBatch, TrainingBatch, collate
+from pipelines.training.stages import StageData
+
+_STRETCH = 512
+"""Windows of one dataset; another one follows it."""
+_EMPTY_WINDOWS = 50
+"""Windows in a row without a document that can be used, after which training gives up."""
+_STORE_BYTES = 256 << 20
+"""Of batches that wait in the object store, for each worker, about."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Resources of the data pipeline; every training worker has one."""
+
+    loaders: int = 1
+    """Processes that read, make, tokenise and pack documents, for each training worker."""
+    teachers: int = 1
+    """Teacher processes for each training worker, where a task streams the teacher's log-probabilities."""
+    gpus_per_teacher: float = 0
+    """GPUs of one of them."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a shard's stream stands in its stage."""
+
+    window: int = 0
+    """The window that the next batch is from."""
+    taken: int = 0
+    """Batches already taken from it."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a worker needs for one step."""
+
+    batches: list[TrainingBatch]
+    """One of each of its shards."""
+    positions: dict[int, Position]
+    """Of its shards, once this step is done."""
+    skipped: Counter[str]
+    """Documents skipped or cut on the way here, by reason."""
+
+
+class StepStream:
+    """A worker's steps from `first_step` on, made ready by a thread while it learns. Close it when done."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stages: Sequence[StageData],
+        config: DataConfig,
+        shards: Sequence[int],
+        affixes: Affixes,
+        pad_id: int,
+        first_step: int = 0,
+        positions: dict[int, Position] | None = None,
+    ):
+        """Begin.
+
+        Args:
+            recipe: what is trained.
+            stages: from `open_stages`.
+            config: resources.
+            shards: which of the recipe's shards are this worker's.
+            affixes: of chunks.
+            pad_id: token id for padding.
+            first_step: the step to begin with.
+            positions: of the shards at that step; the start of its stage by default.
+        """
+        self._recipe, self._stages, self._config = recipe, stages, config
+        self._shards, self._affixes, self._pad_id = list(shards), affixes, pad_id
+        self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=2)
+        self._closing = threading.Event()
+        start = {shard: (positions or {}).get(shard, Position()) for shard in shards}
+        self._thread = threading.Thread(target=self._work, args=(first_step, start), daemon=True, name="batches")
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepData]:
+        while (item := self._ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread and its datasets."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.1)
+            except queue.Empty:
+                continue
+
+    def _work(self, step: int, positions: dict[int, Position]) -> None:
+        try:
+            while step < self._recipe.steps:
+                number = self._recipe.stage_of(step)
+                end = sum(stage.steps for stage in self._recipe.stages[: number + 1])
+                for data in self._stage_steps(self._stages[number], positions, end - step):
+                    self._put(data)
+                    if self._closing.is_set():
+                        return
+                step, positions = end, {shard: Position() for shard in self._shards}
+            self._put(None)
+        except BaseException as error:  # handed to the worker, who would wait for ever otherwise
+            self._put(error)
+
+    def _put(self, item: StepData | BaseException | None) -> None:
+        while not self._closing.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _stage_steps(self, stage: StageData, positions: dict[int, Position], steps: int) -> Iterator[StepData]:
+        rows = self._rows(stage, positions)
+        waiting: dict[int, deque[tuple[PackedBatch, Position]]] = {shard: deque() for shard in self._shards}
+        empty: Counter[int] = Counter()
+        for _ in range(steps):
+            skipped: Counter[str] = Counter()
+            while not all(waiting.values()):
+                shard, window, batches, reasons = next(rows)
+                skipped += reasons
+                after = [Position(window, i + 1) for i in range(len(batches) - 1)] + [Position(window + 1)]
+                taken = positions[shard].taken if window == positions[shard].window else 0
+                waiting[shard] += list(zip(batches, after, strict=False))[taken:]
+                empty[shard] = 0 if batches else empty[shard] + 1
+                if empty[shard] == _EMPTY_WINDOWS:
+                    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+                    raise UserError(f"no document to use in {_EMPTY_WINDOWS} windows in a row; in the last: {why}")
+            taken_now = {shard: waiting[shard].popleft() for shard in self._shards}
+            collated = [collate(batch, self._affixes, self._pad_id) for batch, _ in taken_now.values()]
+            yield StepData(collated, {shard: after for shard, (_, after) in taken_now.items()}, skipped)
+        rows.close()
+
+    def _rows(
+        self, stage: StageData, positions: dict[int, Position]
+    ) -> Generator[tuple[int, int, list[PackedBatch], Counter[str]]]:
+        """Windows of the shards from their positions on, without an end: window by window, shard by shard."""
+        first = min(position.window for position in positions.values())
+        while True:
+            numbers = [
+                {"shard": shard, "window": window}
+                for window in range(first, first + _STRETCH)
+                for shard in self._shards
+                if window >= positions[shard].window
+            ]
+            rows = _dataset(stage, self._config, numbers).iter_rows()
+            for row in rows:
+                yield row["shard"], row["window"], *pickle.loads(row["batches"])
+            first += _STRETCH
+
+
+def _dataset(stage: StageData, config: DataConfig, numbers: list[dict[str, int]]) -> ray.data.Dataset:
+    """Rows of `shard`, `window` and pickled `batches` (list[PackedBatch], Counter), in the order of `numbers`."""
+    windows = ray.data.range(len(numbers), override_num_blocks=len(numbers)).map(
+        _Windows, fn_constructor_args=(stage, numbers), compute=ActorPoolStrategy(size=config.loaders), num_cpus=1
+    )
+    if stage.streams_teacher:
+        windows = windows.map(
+            _AddTargets,
+            fn_constructor_args=(stage.base, config.teachers),
+            compute=ActorPoolStrategy(size=config.teachers),
+            num_cpus=1,
+            num_gpus=config.gpus_per_teacher,
+        )
+    options = windows.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=_STORE_BYTES)
+    return windows
+
+
+class _Windows:
+    """Makes windows, in a process that keeps the tokenizer, the prose, and the row group it read last."""
+
+    def __init__(self, stage: StageData, numbers: list[dict[str, int]]):
+        self.stage, self.numbers = stage, numbers
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(stage.base))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        place = self.numbers[row["id"]]
+        window = self.stage.window(self.tokenizer, place["shard"], place["window"])
+        return place | {"batches": pickle.dumps(window)}
+
+
+class _AddTargets:
+    """Adds the teacher's targets to documents that come with their text."""
+
+    def __init__(self, base: str, processes: int):
+        self.teacher = Teacher(base, processes=processes)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        batches, skipped = pickle.loads(row["batches"])
+        learned = []
+        for batch in batches:
+            texts = [document.text for document in batch.documents]
+            if texts[0] is None:
+                learned.append(batch)
+                continue
+            targets = self.teacher.targets([self.teacher.examples(*text) for text in texts])
+            pairs = zip(batch.documents, targets, strict=True)
+            documents = [replace(document, targets=t, text=None) for document, t in pairs if t is not None]
+            skipped["documents longer than the teacher's window"] += len(texts) - len(documents)
+            if documents:
+                learned.append(replace(batch, documents=documents))
+        return row | {"batches": pickle.dumps((learned, skipped))}

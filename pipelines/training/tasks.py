@@ -1,0 +1,364 @@
+"""Tasks: what documents with questions there are to learn from.
+
+A task is a small configuration; `open_task` makes it a source, which gives the documents of any stretch of any shard's
+stream, the same ones every time. So a stream can go on anywhere, and by any number of workers.
+"""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from d2l.base_model import prompt_ids
+from d2l.chunking import ChunkingConfig, document_ids, split_evenly
+from d2l.errors import UserError
+from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
+from pipelines.prose import load_prose
+from pipelines.teacher import TOP, Targets, answer_ids
+from pipelines.training.parquet import RowGroups, open_row_groups
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """Numbers hidden in long texts, made on the fly (see `d2l.tasks.needle`)."""
+
+    min_tokens: int = 256
+    """Shortest documents."""
+    max_tokens: int = 1024
+    """Longest documents; lengths are drawn log-uniformly."""
+    keyed: float = 0.0
+    """Share of documents with needles under keys, all of them asked for, and distractors."""
+    max_needles: int = 6
+    """Needles, and distractors, in a keyed document at most."""
+    prose: float = 0.0
+    """Share of documents in real prose instead of filler, where the recipe names any."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_tokens <= self.max_tokens:
+            raise UserError(
+                f"needle task: needs 0 < min_tokens <= max_tokens, not {self.min_tokens}, {self.max_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class QuestionsTask:
+    """Documents with questions and answers, from a training set that `d2l prepare` wrote."""
+
+    data: str | None = None
+    """The training set: a folder or a Parquet file, local or remote; by default the recipe's `data`."""
+    targets: Literal["answers", "teacher", "both"] = "answers"
+    """What is learned: the given answers, the teacher's log-probabilities along them, or both."""
+    teacher: Literal["stored", "stream"] = "stored"
+    """Whether the teacher's log-probabilities are in the training set, or computed by teacher actors on the way."""
+    max_document_tokens: int = 8192
+    """Longer documents are skipped."""
+    max_questions: int = 16
+    """Questions of a document at most; which ones is drawn anew every time."""
+
+    @property
+    def streams_teacher(self) -> bool:
+        """Whether targets are still to be computed."""
+        return self.targets != "answers" and self.teacher == "stream"
+
+
+@dataclass(frozen=True)
+class RepeatTask:
+    """Documents to be repeated word for word: what is in an adapter can be said again."""
+
+    data: str | None = None
+    """As in `QuestionsTask`; only the documents are read."""
+    max_tokens: int = 256
+    """Documents are cut to this length."""
+
+
+Task = NeedleTask | QuestionsTask | RepeatTask
+
+_LONGEST_TOKEN = 64
+"""Characters of a token, at most by far."""
+REPEAT_QUESTION = "Repeat the text."
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with its questions, tokenised."""
+
+    chunks: list[np.ndarray]
+    """int32 ids of each chunk, without affixes."""
+    prompts: list[np.ndarray]
+    """int32 ids of each question's conversation."""
+    answers: list[np.ndarray]
+    """int32 ids of each answer, the end token included."""
+    targets: list[Targets] | None = None
+    """The teacher's, for each answer."""
+    text: tuple[str, list[str], list[str]] | None = None
+    """Document, questions and answers as text, for a teacher further on, or held out to be asked for real."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest chunk."""
+        return max(map(len, self.chunks))
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What all sources of a stage share."""
+
+    chunking: ChunkingConfig
+    """How documents become chunks."""
+    chunk_counts: tuple[float, ...] = ()
+    """See `Stage.chunk_counts`."""
+    prose: str | None = None
+    """See `Recipe.prose`."""
+    held_out: bool = False
+    """Whether documents are those kept for evaluation."""
+
+
+class Source(ABC):
+    """A task's documents. Small and picklable until its first documents are asked for."""
+
+    name: str
+    """Of the task, in metrics."""
+
+    def __init__(self, config: SourceConfig, seed: str):
+        self.config, self.seed = config, seed
+
+    @abstractmethod
+    def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Tokens of a document on average, near enough to mix tasks by their share of tokens."""
+
+    @abstractmethod
+    def documents(
+        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
+    ) -> tuple[list[Document], Counter[str]]:
+        """Documents `start` to `stop` of a shard's stream; and how many were skipped or cut, by reason."""
+
+    def _tokenised(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: list[int],
+        questions: list[str],
+        answers: list[list[int]],
+        rng: random.Random,
+        **more: Any,
+    ) -> Document:
+        prompts = [_int32(prompt_ids(tokenizer, [{"role": "user", "content": question}])) for question in questions]
+        chunks = [_int32(chunk) for chunk in split_evenly(ids, self._chunking(len(ids), rng))]
+        return Document(chunks, prompts, [_int32(answer) for answer in answers], **more)
+
+    def _chunking(self, tokens: int, rng: random.Random) -> ChunkingConfig:
+        if not self.config.chunk_counts:
+            return self.config.chunking
+        count = rng.choices(range(1, len(self.config.chunk_counts) + 1), self.config.chunk_counts)[0]
+        limit, overlap = self.config.chunking.max_chunk_tokens, self.config.chunking.overlap_tokens
+        size = overlap + max(1, math.ceil((tokens - overlap) / count))
+        return ChunkingConfig(min(limit, size), overlap)
+
+
+class _Needles(Source):
+    name = "needle"
+
+    def __init__(self, task: NeedleTask, config: SourceConfig, seed: str):
+        super().__init__(config, seed)
+        self.task = task
+
+    @cached_property
+    def _prose(self) -> list[str]:
+        wanted = self.config.prose and self.task.prose
+        return load_prose(self.config.prose, self.config.held_out) if wanted else []  # type: ignore[arg-type]
+
+    def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
+        low, high = self.task.min_tokens, self.task.max_tokens
+        return (high - low) / math.log(high / low) if high > low else low
+
+    def documents(
+        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
+    ) -> tuple[list[Document], Counter[str]]:
+        return [self._document(tokenizer, shard, number) for number in range(start, stop)], Counter()
+
+    def _document(self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int) -> Document:
+        rng = random.Random(f"{self.seed}/{shard}/{number}")
+        config = self._kind(tokenizer, rng)
+        prose = self._prose if rng.random() < self.task.prose else []
+        sample = make_sample(tokenizer, config, rng.getrandbits(48), prose=prose)
+        ids = document_ids(sample.document, tokenizer, self.config.chunking, "needle document")
+        answers = [answer_ids(tokenizer, answer) for answer in sample.answers]
+        text = (sample.document, list(sample.questions), list(sample.answers)) if self.config.held_out else None
+        return self._tokenised(tokenizer, ids, list(sample.questions), answers, rng, text=text)
+
+    def _kind(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> NeedleConfig:
+        tokens = round(math.exp(rng.uniform(math.log(self.task.min_tokens), math.log(self.task.max_tokens))))
+        if rng.random() >= self.task.keyed:
+            return NeedleConfig(tokens)
+        fitting = max(1, min(self.task.max_needles, int(0.4 * tokens / longest_sentence(tokenizer))))
+        needles = rng.randint(1, fitting)
+        return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
+
+
+class _Rows(Source):
+    """Documents from the rows of a training set: every one once an epoch, in an order of the epoch's own."""
+
+    _SAMPLE = 64
+    """Rows that the mean length is taken of."""
+
+    def __init__(self, rows: RowGroups, config: SourceConfig, seed: str):
+        super().__init__(config, seed)
+        self.rows = rows
+
+    def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
+        documents, skipped = self.documents(tokenizer, 0, 1, 0, min(self._SAMPLE, self.rows.count))
+        if not documents:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            raise UserError(f"{self.rows.what}: of its first {self._SAMPLE} documents none can be used ({reasons})")
+        return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+
+    def documents(
+        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
+    ) -> tuple[list[Document], Counter[str]]:
+        documents: list[Document] = []
+        skipped: Counter[str] = Counter()
+        for number, row in self._numbered(shard, shards, start, stop):
+            rng = random.Random(f"{self.seed}/{shard}/{number}")
+            document = self._document(tokenizer, row, rng, skipped)
+            if document:
+                documents.append(document)
+        return documents, skipped
+
+    def _numbered(self, shard: int, shards: int, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from enumerate(self.rows.read(self.seed, shard, shards, start, stop), start)
+
+    @abstractmethod
+    def _document(
+        self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], rng: random.Random, skipped: Counter[str]
+    ) -> Document | None: ...
+
+
+class _Questions(_Rows):
+    name = "questions"
+
+    def __init__(self, task: QuestionsTask, rows: RowGroups, config: SourceConfig, seed: str):
+        super().__init__(rows, config, seed)
+        self.task = task
+
+    def _document(
+        self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], rng: random.Random, skipped: Counter[str]
+    ) -> Document | None:
+        text, pairs = row["document"], list(zip(row["questions"], row["answers"], strict=True))
+        kept = [i for i, (question, answer) in enumerate(pairs) if question and answer and answer.strip()]
+        skipped["questions without an answer"] += len(pairs) - len(kept)
+        if not text or not text.strip():
+            skipped["empty documents"] += 1
+            return None
+        if not kept:
+            skipped["documents without questions"] += 1
+            return None
+        if len(text) > _LONGEST_TOKEN * self.task.max_document_tokens:  # not worth tokenising
+            ids = None
+        else:
+            try:
+                ids = document_ids(text, tokenizer, self.config.chunking, "document")
+            except UserError:
+                skipped["documents that are no text"] += 1
+                return None
+        if ids is None or len(ids) > self.task.max_document_tokens:
+            skipped["documents longer than max_document_tokens"] += 1
+            return None
+        if len(kept) > self.task.max_questions:
+            skipped["questions beyond max_questions"] += len(kept) - self.task.max_questions
+            kept = sorted(rng.sample(kept, self.task.max_questions))
+        questions, texts = [pairs[i][0] for i in kept], [pairs[i][1] for i in kept]
+        answers = [answer_ids(tokenizer, answer) for answer in texts]
+        more: dict[str, Any] = {}
+        if self.task.streams_teacher or self.config.held_out:
+            more["text"] = (text, questions, texts)
+        elif self.task.targets != "answers":
+            if row["teacher_ids"] is None:
+                skipped["documents without the teacher's targets"] += 1
+                return None
+            more["targets"] = [self._stored(row, i, len(answer)) for i, answer in zip(kept, answers, strict=True)]
+        return self._tokenised(tokenizer, ids, questions, answers, rng, **more)
+
+    def _stored(self, row: dict[str, Any], question: int, tokens: int) -> Targets:
+        ids = np.asarray(row["teacher_ids"][question], np.int32)
+        if len(ids) != tokens * TOP:
+            raise UserError(
+                f"{self.rows.what}: the teacher's targets are of {len(ids) // TOP} tokens, an answer has {tokens}. They are "
+                "another base model's: prepare the training set with the one that is trained for"
+            )
+        log_probs = np.asarray(row["teacher_log_probs"][question], np.float16)
+        return Targets(ids.reshape(-1, TOP), log_probs.reshape(-1, TOP))
+
+
+class _Repeat(_Rows):
+    name = "repeat"
+
+    def __init__(self, task: RepeatTask, rows: RowGroups, config: SourceConfig, seed: str):
+        super().__init__(rows, config, seed)
+        self.task = task
+
+    def _document(
+        self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], rng: random.Random, skipped: Counter[str]
+    ) -> Document | None:
+        text = row["document"]
+        if not text or not text.strip():
+            skipped["empty documents"] += 1
+            return None
+        text = text[: _LONGEST_TOKEN * self.task.max_tokens]
+        # Cut as text, so that what is read and what is to be said are tokens of the same string.
+        encoded = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False, return_offsets_mapping=True
+        )
+        if len(encoded["input_ids"]) > self.task.max_tokens:
+            skipped["documents cut to max_tokens"] += 1
+            text = text[: encoded["offset_mapping"][self.task.max_tokens - 1][1]]
+        try:
+            ids = document_ids(text, tokenizer, self.config.chunking, "document")
+        except UserError:
+            skipped["documents that are no text"] += 1
+            return None
+        answer = [*ids, tokenizer.eos_token_id]
+        asked = (text, [REPEAT_QUESTION], [text]) if self.config.held_out else None
+        return self._tokenised(tokenizer, ids, [REPEAT_QUESTION], [answer], rng, text=asked)
+
+
+def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> Source | None:
+    """The source of a task's documents.
+
+    Args:
+        task: what they are.
+        config: shared settings.
+        seed: everything random follows from it.
+        data: training set of tasks that name none.
+
+    Returns:
+        The source; None if documents for evaluation are wanted and the training set has none.
+
+    Raises:
+        UserError: no such training set, or its columns are not those of a prepared one.
+    """
+    if isinstance(task, NeedleTask):
+        return _Needles(task, config, seed)
+    name, path = type(task).__name__, task.data or data
+    if not path:
+        raise UserError(f"{name} needs a training set: give --recipe.data FOLDER, made by `d2l prepare`")
+    columns = ["document"]
+    if isinstance(task, QuestionsTask):
+        columns += ["questions", "answers"]
+        if task.targets != "answers" and task.teacher == "stored":
+            columns += ["teacher_ids", "teacher_log_probs"]
+    rows = open_row_groups(path, columns, "dev" if config.held_out else "train")
+    if rows is None:
+        return None
+    if isinstance(task, RepeatTask):
+        return _Repeat(task, rows, config, seed)
+    return _Questions(task, rows, config, seed)
+
+
+def _int32(ids: Any) -> np.ndarray:
+    return np.asarray(ids, np.int32)
