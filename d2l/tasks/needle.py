@@ -7,6 +7,7 @@ tokens, up to the few that tokens may merge at a seam; everything follows from t
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,3 +131,8 @@ def longest_sentence(tokenizer: PreTrainedTokenizerBase) -> int:
 def exact_match(answer: str, expected: str) -> bool:
     """Whether the whole number was given, and nothing else."""
     return answer.strip().rstrip(".") == expected
+
+
+def found(answer: str, expected: str) -> bool:
+    """Whether the whole number was given, whatever else was said (RULER's measure, arXiv 2404.06654)."""
+    return expected in re.findall(r"\d+", answer)

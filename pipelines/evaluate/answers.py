@@ -1,6 +1,7 @@
-"""What was answered: one JSON line for each document, appended as answers come, so that nothing is asked twice.
+"""An evaluation's folder: what was asked of whom (`evaluation.json`), and what was answered (`answers.jsonl`).
 
-`answers.jsonl` is the only record of an evaluation's progress; every table and plot is computed from it.
+Answers are one JSON line for each document, appended as they come, so that nothing is asked twice: the only record of
+progress, from which every table and plot is computed.
 """
 
 import json
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from d2l.config import from_dict, to_dict
+from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
+from pipelines.tracking import TrackingConfig
 
 Condition = Literal["adapter", "wrong_document", "no_document", "in_context"]
 """What the base model had of the document: its adapter, another one's adapter, nothing, or its text in the prompt."""
@@ -65,6 +67,65 @@ class Trial:
     def line(self) -> str:
         """As a line of JSON, without its end."""
         return json.dumps(to_dict(self))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What must be equal for answers to belong to one evaluation; see `EvaluateNeedleConfig`."""
+
+    hypernetwork: str
+    """Fingerprint."""
+    base: str
+    """Base model."""
+    needles: int
+    """Numbers hidden in and asked of each document."""
+    distractors: int
+    """Sentences of the same form under other keys."""
+    haystack: str
+    """`filler` or `prose`."""
+    prose: str
+    """Digest of the texts, or nothing."""
+    ranks: tuple[int, ...]
+    """Ranks of adapters, 0 for uncompressed ones."""
+    seed: int
+    """First seed."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The file `evaluation.json` of a folder."""
+
+    setting: Setting
+    """What is asked of whom."""
+    tracking: TrackingConfig
+    """The MLflow run."""
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether the folder has an evaluation."""
+        return (folder / "evaluation.json").exists()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Evaluation":
+        """Read it.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        path = folder / "evaluation.json"
+        return from_dict(cls, load_json(path), str(path))
+
+    def save(self, folder: Path) -> None:
+        """Write it; the folder is created if need be.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json(to_dict(self), folder / "evaluation.json")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({one_line(error)})") from error
 
 
 class AnswerLog:

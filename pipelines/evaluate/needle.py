@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,26 +20,21 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import ray.data
-import torch
 from mlflow.entities import Metric
 
-from d2l.adapter import Adapter, check_rank
+from d2l.adapter import check_rank
 from d2l.base_model import BUNDLED_MODELS
-from d2l.config import from_dict, load_json, save_json, to_dict
+from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
-from d2l.generation import SamplingConfig
 from d2l.hypernetwork import HypernetworkConfig, read_config
-from d2l.internalize import Document, InternalizeConfig, Internalizer
-from d2l.model import SHIPPED, DocToLora
-from d2l.tasks.needle import DIGITS, NeedleConfig, NeedleSample, exact_match, make_sample
+from d2l.model import SHIPPED
+from d2l.tasks.needle import NeedleConfig
 from pipelines import cluster, tracking
-from pipelines.ask import kv_cache_bytes
 from pipelines.evaluate import report
-from pipelines.evaluate.answers import AnswerLog, Answers, Condition, Trial
-from pipelines.evaluate.baselines import InContext
+from pipelines.evaluate.answers import AnswerLog, Evaluation, Setting
+from pipelines.evaluate.examiner import Examiner, haystack_texts
 from pipelines.evaluate.scores import Score, scores
 from pipelines.progress import Progress
-from pipelines.prose import load_prose
 from pipelines.tracking import TrackingConfig
 
 _DEPTHS = 10
@@ -47,10 +42,7 @@ _BATCH_TOKENS = 16_384
 """Documents that an actor takes at a time are of about so many tokens ..."""
 _BATCH_DOCUMENTS = 16
 """... and at most so many."""
-_SAMPLING = SamplingConfig(max_new_tokens=3 * DIGITS)
-"""A longer answer is wrong whatever follows."""
-_UNASKED_SEED = 0
-_METRICS = str.split("exact_match low high seconds_per_document seconds_per_answer extra_bytes")
+_METRICS = str.split("exact_match low high found seconds_per_document seconds_per_answer extra_bytes")
 
 
 @dataclass(frozen=True)
@@ -93,28 +85,6 @@ class EvaluateNeedleConfig:
     """Where the run is recorded."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What must be equal for answers to belong to one table."""
-
-    hypernetwork: str
-    """Fingerprint."""
-    base: str
-    """Base model."""
-    needles: int
-    """See `EvaluateNeedleConfig`."""
-    distractors: int
-    """See `EvaluateNeedleConfig`."""
-    haystack: str
-    """See `EvaluateNeedleConfig`."""
-    prose: str
-    """Digest of the texts, or nothing."""
-    ranks: tuple[int, ...]
-    """See `EvaluateNeedleConfig`."""
-    seed: int
-    """See `EvaluateNeedleConfig`."""
-
-
 def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
     """Evaluate, or go on with an evaluation.
 
@@ -125,7 +95,8 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
         UserError: bad options, no such checkpoint or base model, or a folder with answers of another setting.
     """
     # Actors may run in other folders than the command.
-    config = dataclasses.replace(config, hypernetwork=config.hypernetwork.absolute())
+    prose = str(Path(config.prose).absolute()) if config.prose and "://" not in config.prose else config.prose
+    config = dataclasses.replace(config, hypernetwork=config.hypernetwork.absolute(), prose=prose)
     setting = _check(config)
     with ExitStack() as stack:
         passing = None if config.output else stack.enter_context(tempfile.TemporaryDirectory())
@@ -144,7 +115,7 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [record.run_id]}
         result = report.write(folder, trials, about)
         _log_metrics(client, record.run_id, scores(trials))
-        for path in report.files(folder):
+        for path in (log.path, *report.files(folder)):
             client.log_artifact(record.run_id, str(path))
     return result
 
@@ -169,7 +140,7 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
         if rank:
             check_rank(rank, made.bias_rank)
     NeedleConfig(needles=config.needles, distractors=config.distractors)
-    digest = hashlib.sha256("\0".join(_haystack_texts(config)).encode()).hexdigest()[:16] if config.prose else ""
+    digest = hashlib.sha256("\0".join(haystack_texts(config)).encode()).hexdigest()[:16] if config.prose else ""
     base = config.base or values["base_model"]
     return Setting(
         hypernetwork=values["fingerprint"],
@@ -183,28 +154,22 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
     )
 
 
-def _haystack_texts(config: EvaluateNeedleConfig) -> list[str]:
-    return load_prose(config.prose, held_out=True) if config.prose and config.haystack == "prose" else []
-
-
 def _open(folder: Path, setting: Setting, config: EvaluateNeedleConfig) -> TrackingConfig:
     """The MLflow run of the folder: the one it has, or a new one.
 
     Raises:
-        UserError: it holds answers of another setting.
+        UserError: it holds answers of another setting, or cannot be written.
     """
-    path = folder / "run.json"
     run_id = ""
-    if path.exists():
-        values = load_json(path)
-        was, now = values["setting"], to_dict(setting)
-        if changed := [f"{name} {was.get(name)!r}, not {now[name]!r}" for name in now if was.get(name) != now[name]]:
+    if Evaluation.exists(folder):
+        before = Evaluation.load(folder)
+        was, now = to_dict(before.setting), to_dict(setting)
+        if changed := [f"{name} {was[name]!r}, not {now[name]!r}" for name in now if was[name] != now[name]]:
             raise UserError(f"{folder}: holds answers of another setting ({'; '.join(changed)}); give another --output")
-        run_id = values["tracking"]["run_id"]
-    folder.mkdir(parents=True, exist_ok=True)
+        run_id = before.tracking.run_id
     name = f"needle-{config.haystack}-{config.needles}"
     record = tracking.open_run(dataclasses.replace(config.tracking, run_id=run_id), name, config)
-    save_json({"setting": to_dict(setting), "tracking": to_dict(record)}, path)
+    Evaluation(setting, record).save(folder)
     return record
 
 
@@ -227,7 +192,7 @@ def _tasks(config: EvaluateNeedleConfig) -> list[dict[str, Any]]:
 def _run(config: EvaluateNeedleConfig, tasks: list[dict[str, Any]], total: int, log: AnswerLog) -> None:
     data = ray.data.from_arrow([pa.Table.from_pylist(part) for part in _batches(tasks)])
     examined = data.map_batches(
-        _Examiner,
+        Examiner,
         fn_constructor_args=(config,),
         batch_size=None,
         batch_format="pyarrow",
@@ -251,146 +216,6 @@ def _batches(tasks: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         same = [task for task in tasks if task["length"] == length]
         size = min(_BATCH_DOCUMENTS, max(1, _BATCH_TOKENS // length))
         yield from (same[start : start + size] for start in range(0, len(same), size))
-
-
-class _Examiner:
-    """The actor: documents in, trials out."""
-
-    def __init__(self, config: EvaluateNeedleConfig):
-        cluster.share_cores(config.workers)
-        self.config = config
-        self.ranks = sorted((rank for rank in config.ranks if rank), reverse=True)
-        limits = InternalizeConfig(max_rank=self.ranks[0])
-        self.model = DocToLora.from_pretrained(config.hypernetwork, config.base, config=limits)
-        self.in_context = InContext(self.model.base, _SAMPLING)
-        self.prose = _haystack_texts(config)
-        self.last: dict[int, Adapter] = {}
-        """The length worked on, and the adapter of its last document so far."""
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Lines for the log, and how many answers of each are right with the stored adapter."""
-        trials = self._examine(batch.to_pylist())
-        right = [sum(map(exact_match, trial.asked[0].answers, trial.expected)) for trial in trials]
-        return pa.table({"trial": [trial.line() for trial in trials], "right": right})
-
-    def _examine(self, tasks: list[dict[str, Any]]) -> list[Trial]:
-        samples = [self._sample(task["length"], task["seed"], task["depth"]) for task in tasks]
-        timed = [task["timed"] for task in tasks]
-        adapters = self.model.internalize([sample.document for sample in samples])
-        seconds = [
-            self._seconds(lambda s=sample: self.model.internalize(s.document)) if take else None  # type: ignore[misc]
-            for sample, take in zip(samples, timed, strict=True)
-        ]
-        stored = self._ask("adapter", samples, adapters, timed, self.ranks[0])
-        stored = [dataclasses.replace(a, seconds_per_document=s) for a, s in zip(stored, seconds, strict=True)]
-        columns = [stored]
-        for rank in self.ranks[1:]:
-            columns.append(self._ask("adapter", samples, [a.compress(rank) for a in adapters], timed, rank))
-        if 0 in self.config.ranks:
-            columns.append(self._ask_uncompressed(samples, timed))
-        columns.append(self._ask("wrong_document", samples, self._others(tasks[0]["length"], adapters), timed))
-        columns.append(self._ask("no_document", samples, [None] * len(samples), timed))
-        asked: list[list[Answers]] = [list(row) for row in zip(*columns, strict=True)]
-        for answers, sample, task in zip(asked, samples, tasks, strict=True):
-            if task["in_context"]:
-                answers.append(self._ask_in_context(sample))
-        config, device = self.config, self._device()
-        return [
-            Trial(
-                length=task["length"],
-                depth=task["depth"],
-                seed=task["seed"],
-                needles=config.needles,
-                distractors=config.distractors,
-                haystack=config.haystack,
-                questions=sample.questions,
-                expected=sample.answers,
-                asked=tuple(answers),
-                device=device,
-            )
-            for task, sample, answers in zip(tasks, samples, asked, strict=True)
-        ]
-
-    def _sample(self, length: int, seed: int, depth: float | None = None) -> NeedleSample:
-        kind = NeedleConfig(length, self.config.needles, self.config.distractors)
-        return make_sample(self.model.base.tokenizer, kind, seed, depth, self.prose)
-
-    def _ask(
-        self,
-        condition: Condition,
-        samples: Sequence[NeedleSample],
-        adapters: Sequence[Adapter | None],
-        timed: Sequence[bool],
-        rank: int | None = None,
-    ) -> list[Answers]:
-        """Ask all questions in one batch, and again the first ones of documents that are timed."""
-        questions = [question for sample in samples for question in sample.questions]
-        repeated = [a for a, sample in zip(adapters, samples, strict=True) for _ in sample.questions]
-        answers = iter(self.model.generate_batch(questions, repeated, _SAMPLING))
-        result = []
-        for sample, adapter, take in zip(samples, adapters, timed, strict=True):
-            ask_alone = lambda: self.model.generate(sample.questions[0], adapter, _SAMPLING)  # noqa: B023, E731
-            result.append(
-                Answers(
-                    condition=condition,
-                    answers=tuple(next(answers) for _ in sample.questions),
-                    rank=rank,
-                    extra_bytes=adapter.nbytes if adapter else 0,
-                    seconds_per_answer=self._seconds(ask_alone) if take else None,
-                )
-            )
-        return result
-
-    def _ask_uncompressed(self, samples: Sequence[NeedleSample], timed: Sequence[bool]) -> list[Answers]:
-        """Document by document: such an adapter may be as large as the modules it is for."""
-        hypernetwork = self.model.hypernetwork
-        rank = max(map(min, hypernetwork.modules_shapes.values())) + hypernetwork.config.bias_rank
-        internalizer = Internalizer(self.model.base, hypernetwork, InternalizeConfig(max_rank=rank))
-        result = []
-        for sample, take in zip(samples, timed, strict=True):
-            result += self._ask("adapter", [sample], internalizer([Document(sample.document)]), [take], 0)
-        return result
-
-    def _ask_in_context(self, sample: NeedleSample) -> Answers:
-        began = time.perf_counter()
-        read = self.in_context.read(sample.document, sample.questions)
-        self._finish()
-        reading = time.perf_counter() - began
-        began = time.perf_counter()
-        answers = tuple(self.in_context.answer(read, question) for question in sample.questions)
-        return Answers(
-            condition="in_context",
-            answers=answers,
-            extra_bytes=kv_cache_bytes(self.model.base, len(read.prefix)),
-            tokens_read=read.tokens,
-            seconds_per_document=reading,
-            seconds_per_answer=(time.perf_counter() - began) / len(answers),
-        )
-
-    def _others(self, length: int, adapters: list[Adapter]) -> list[Adapter]:
-        """For each document the adapter of the one before it; for the first of all, of one that is asked nothing."""
-        before = self.last.get(length) or self.model.internalize(self._sample(length, _UNASKED_SEED).document)
-        self.last = {length: adapters[-1]}
-        return [before, *adapters[:-1]]
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        self._finish()
-        began = time.perf_counter()
-        work()
-        self._finish()
-        return time.perf_counter() - began
-
-    def _finish(self) -> None:
-        """Wait for a GPU, which works behind Python's back."""
-        if self.model.base.device.type == "cuda":
-            torch.cuda.synchronize(self.model.base.device)
-
-    def _device(self) -> str:
-        base = self.model.base
-        dtype = str(base.dtype).removeprefix("torch.")
-        if base.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(base.device)}, {dtype}"
-        return f"{base.device.type}, {torch.get_num_threads()} threads, {dtype}"
 
 
 def _log_metrics(client: Any, run_id: str, results: list[Score]) -> None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import tyro
 
-from d2l.config import load_json, save_json, to_dict
+from d2l.config import save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
-from pipelines.evaluate.answers import AnswerLog, Trial
+from pipelines.evaluate.answers import AnswerLog, Evaluation, Trial
 from pipelines.evaluate.scores import Score, scores
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def join(config: JoinConfig) -> dict[str, Any]:
     owners: dict[tuple[Any, ...], Path] = {}
     runs = []
     for folder in config.folders:
-        run = load_json(folder / "run.json")
-        makers.setdefault((run["setting"]["hypernetwork"], run["setting"]["base"]), folder)
-        runs.append(run["tracking"]["run_id"])
+        evaluation = Evaluation.load(folder)
+        makers.setdefault((evaluation.setting.hypernetwork, evaluation.setting.base), folder)
+        runs.append(evaluation.tracking.run_id)
         for trial in AnswerLog(folder).read():
             document = (trial.haystack, trial.needles, trial.distractors, trial.length, trial.seed)
             if (other := owners.setdefault(document, folder)) != folder:
@@ -142,16 +142,17 @@ def _truncated(score: Score) -> bool:
 def _markdown(result: dict[str, Any], results: Sequence[Score]) -> str:
     parts = [
         f"# Needles found by hypernetwork {result['hypernetwork']} for {result['base']}\n\n"
-        "A right answer is the whole number and nothing else. Intervals: 95%, Wilson. Seconds: medians of documents "
-        f"run alone on {'; '.join(result['devices'])}; per document to internalize it or to read it into a KV cache, "
+        "A right answer is the whole number and nothing else; base models often say more, so beside it stands the "
+        "share of answers with the number in them. Intervals: 95%, Wilson. Seconds: medians of documents run "
+        f"alone on {'; '.join(result['devices'])}; per document to internalize it or to read it into a KV cache, "
         "per answer until it ends. MB: what must be kept of a document to ask again. MLflow: "
         f"{', '.join(result['mlflow_runs'])}.\n"
     ]
     for group in _settings(results):
         parts.append(
             f"\n## {title(group[0])[0].upper()}{title(group[0])[1:]}\n\n"
-            "| tokens | the base model has | right | 95% interval | n | s per document | s per answer | MB |\n"
-            "|---:|---|---:|---:|---:|---:|---:|---:|\n"
+            "| tokens | the base model has | right | 95% interval | in the answer | n | s/document | s/answer | MB |\n"
+            "|---:|---|---:|---:|---:|---:|---:|---:|---:|\n"
         )
         length = 0
         for score in group:
@@ -163,6 +164,7 @@ def _markdown(result: dict[str, Any], results: Sequence[Score]) -> str:
                 what,
                 f"{score.exact_match:.1%}",
                 f"{score.low:.1%} to {score.high:.1%}",
+                f"{score.found:.1%}",
                 str(score.n),
                 _seconds(score.seconds_per_document),
                 _seconds(score.seconds_per_answer),
@@ -196,11 +198,12 @@ def _heatmap(cells: Sequence[Score], path: Path) -> None:
     for axis, (name, chosen) in zip(axes.flat, panels, strict=False):
         across, down = sorted({s.length for s in chosen}), sorted({s.depth for s in chosen})
         found = {(s.length, s.depth): s for s in chosen}
-        grid = [[found[x, y].exact_match if (x, y) in found else float("nan") for x in across] for y in down]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        grid = [[_quality(found[x, y])[0] if (x, y) in found else float("nan") for x in across] for y in down]
+        image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         for (x, y), score in found.items():
-            text = f"{score.exact_match * 100:.0f}"
-            axis.text(across.index(x), down.index(y), text, ha="center", va="center", fontsize=7)
+            share = _quality(score)[0]
+            style = {"ha": "center", "va": "center", "fontsize": 7, "color": "black" if 15 < share < 85 else "white"}
+            axis.text(across.index(x), down.index(y), f"{share:.0f}", **style)
         axis.set_xticks(range(len(across)), [_tokens(x) for x in across], fontsize=8)
         axis.set_yticks(range(len(down)), [f"{y:.0%}" for y in down], fontsize=8)
         axis.set(xlabel="document, tokens", ylabel="depth of the needle")
@@ -208,7 +211,7 @@ def _heatmap(cells: Sequence[Score], path: Path) -> None:
         axis.spines[:].set_visible(False)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    figure.colorbar(image, ax=axes, label="right, %", shrink=0.7, format=lambda value, _: f"{value * 100:.0f}")
+    figure.colorbar(image, ax=axes, label="numbers found, %", shrink=0.7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -218,35 +221,39 @@ def _lengths(results: Sequence[Score], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     groups = _settings(results)
-    figure, axes = plt.subplots(
-        len(groups), 3, figsize=(13, 3.6 * len(groups)), squeeze=False, sharex="col", layout="constrained"
-    )
-    for (quality, seconds, size), group in zip(axes, groups, strict=True):
+    lengths = sorted({score.length for score in results})
+    size = (13, 3.4 * len(groups) + 1.2)
+    figure, axes = plt.subplots(len(groups), 3, figsize=size, squeeze=False, layout="constrained")
+    for (quality, seconds, kept), group in zip(axes, groups, strict=True):
         lines = [list(line) for _, line in groupby(sorted(group, key=_order), _label)]
         stored = next(line for line in lines if line[0].condition == "adapter")
         beside = [line for line in lines if line is stored or line[0].condition == "in_context"]
         for line in lines:
-            _quality(quality, line, line in beside)
+            _plot_quality(quality, line, line in beside)
         for line in beside:
             style = _style(line[0], True)
             _line(seconds, line, lambda s: s.seconds_per_document, label=f"{_label(line[0])}: reading it", **style)
             dotted = style | {"linestyle": ":", "marker": "s"}
             _line(seconds, line, lambda s: s.seconds_per_answer, label=f"{_label(line[0])}: an answer", **dotted)
-            _line(size, line, lambda s: s.extra_bytes / 1e6, label=_label(line[0]), **style)
-        quality.set(ylabel=f"{title(group[0])}\n\nright, %", ylim=(-3, 103))
+            _line(kept, line, lambda s: s.extra_bytes / 1e6, label=_label(line[0]), **style)
+        quality.set(ylabel=f"{title(group[0])}\n\nnumbers found, %", ylim=(-3, 103))
         seconds.set(ylabel="seconds", yscale="log")
-        size.set(ylabel="MB kept of a document", yscale="log")
-        lengths = sorted({score.length for score in group})
-        for axis in (quality, seconds, size):
-            axis.set(xscale="log", xlabel="document, tokens")
+        kept.set(ylabel="MB kept of a document", yscale="log")
+        for axis in (quality, seconds, kept):
+            axis.set(xscale="log", xlim=(lengths[0] / 1.25, lengths[-1] * 1.25))
             axis.set_xticks(lengths, [_tokens(length) for length in lengths], fontsize=8)
             axis.set_xticks([], minor=True)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(fontsize=7.5, frameon=False)
-    axes[0][0].set_title("Whole number right, with 95% intervals", fontsize=10)
-    axes[0][1].set_title("Time, one document alone", fontsize=10)
-    axes[0][2].set_title("Adapter, or KV cache of the prompt", fontsize=10)
+        for axis in (seconds, kept):
+            axis.yaxis.set_major_formatter("{x:g}")
+    titles = ("Numbers found, with 95% intervals", "Time, one document alone", "Adapter, or KV cache of the prompt")
+    for column, name in zip(axes.T, titles, strict=True):
+        column[0].set_title(name, fontsize=10)
+        column[-1].set_xlabel("document, tokens")
+        shown = {label: h for axis in column for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
+        column[-1].legend(shown.values(), shown.keys(), fontsize=8, frameon=False, **place)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -264,13 +271,21 @@ def _style(score: Score, shown: bool) -> dict[str, Any]:
     return {"color": color, "linestyle": "-", "marker": "o", "markersize": 5, "linewidth": 1.8}
 
 
-def _quality(axis: "Axes", line: Sequence[Score], shown: bool) -> None:
+def _quality(score: Score) -> tuple[float, float, float]:
+    """Percent right, and the ends of the interval."""
+    strict = score.condition == "adapter"
+    shares = (score.exact_match, score.low, score.high) if strict else (score.found, score.found_low, score.found_high)
+    share, low, high = (100 * value for value in shares)
+    return share, low, high
+
+
+def _plot_quality(axis: "Axes", line: Sequence[Score], shown: bool) -> None:
     """The line, with error bars if it is one of the two that are compared."""
     style = _style(line[0], shown)
-    _line(axis, line, lambda s: 100 * s.exact_match, label=_label(line[0]), **style)
+    _line(axis, line, lambda score: _quality(score)[0], label=_label(line[0]), **style)
     if shown:
         for score in line:
-            axis.vlines(score.length, 100 * score.low, 100 * score.high, color=style["color"], linewidth=1.2)
+            axis.vlines(score.length, *_quality(score)[1:], color=style["color"], linewidth=1.2)
 
 
 def _line(axis: "Axes", line: Sequence[Score], value: Callable[[Score], float | None], **style: Any) -> None:
@@ -279,7 +294,7 @@ def _line(axis: "Axes", line: Sequence[Score], value: Callable[[Score], float | 
     axis.plot([score.length for score, _ in points], [y for _, y in points], zorder=2, **style)
     cut = [(score.length, y) for score, y in points if _truncated(score)]
     if cut:
-        hollow = {"linestyle": "", "markerfacecolor": "white", "label": "... its middle left out"}
+        hollow = {"linestyle": "", "markerfacecolor": "white", "label": "hollow: its middle left out"}
         axis.plot(*zip(*cut, strict=True), zorder=3, **style | hollow)
 
 

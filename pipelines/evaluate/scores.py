@@ -3,11 +3,11 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from d2l.tasks.needle import exact_match
+from d2l.tasks.needle import exact_match, found
 from pipelines.evaluate.answers import Answers, Trial
 
 _CONFIDENCE = 0.95
@@ -40,6 +40,12 @@ class Score:
     low: float
     """Lower end of the share's 95% interval (Wilson)."""
     high: float
+    """Its upper end."""
+    found: float
+    """The share of answers with the whole number in them, whatever else they say."""
+    found_low: float
+    """Lower end of this share's interval."""
+    found_high: float
     """Its upper end."""
     wrong_document: float | None
     """Of `adapter`: the share right of the same questions with another document's adapter."""
@@ -79,16 +85,18 @@ def scores(trials: Iterable[Trial], by_depth: bool = False) -> list[Score]:
 
 def _cell(trials: Sequence[Trial], by_depth: bool) -> list[Score]:
     """A score for each condition and rank, the order being that in which they were asked."""
-    found: dict[tuple[str, int | None], list[tuple[Trial, Answers]]] = defaultdict(list)
+    grouped: dict[tuple[str, int | None], list[tuple[Trial, Answers]]] = defaultdict(list)
     for trial in trials:
         for asked in trial.asked:
-            found[asked.condition, asked.rank].append((trial, asked))
-    wrong = [pair for (condition, _), pairs in found.items() if condition == "wrong_document" for pair in pairs]
-    of_wrong = _right(wrong) / _questions(wrong) if wrong else None
+            grouped[asked.condition, asked.rank].append((trial, asked))
+    wrong = [pair for (condition, _), pairs in grouped.items() if condition == "wrong_document" for pair in pairs]
+    of_wrong = _count(wrong, exact_match) / _questions(wrong) if wrong else None
     result = []
-    for (condition, rank), pairs in found.items():
-        first, n, right = pairs[0][0], _questions(pairs), _right(pairs)
+    for (condition, rank), pairs in grouped.items():
+        first, n, right = pairs[0][0], _questions(pairs), _count(pairs, exact_match)
         low, high = wilson(right, n)
+        inside = _count(pairs, found)
+        found_low, found_high = wilson(inside, n)
         result.append(
             Score(
                 length=first.length,
@@ -103,6 +111,9 @@ def _cell(trials: Sequence[Trial], by_depth: bool) -> list[Score]:
                 exact_match=right / n,
                 low=low,
                 high=high,
+                found=inside / n,
+                found_low=found_low,
+                found_high=found_high,
                 wrong_document=of_wrong if condition == "adapter" else None,
                 tokens_read=_whole(_median(asked.tokens_read for _, asked in pairs)),
                 seconds_per_document=_median(asked.seconds_per_document for _, asked in pairs),
@@ -117,9 +128,9 @@ def _questions(pairs: Sequence[tuple[Trial, Answers]]) -> int:
     return sum(len(trial.expected) for trial, _ in pairs)
 
 
-def _right(pairs: Sequence[tuple[Trial, Answers]]) -> int:
+def _count(pairs: Sequence[tuple[Trial, Answers]], right: Callable[[str, str], bool]) -> int:
     return sum(
-        exact_match(answer, expected)
+        right(answer, expected)
         for trial, asked in pairs
         for answer, expected in zip(asked.answers, trial.expected, strict=True)
     )
