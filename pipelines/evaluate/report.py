@@ -85,8 +85,8 @@ def write(folder: Path, trials: Sequence[Trial], about: dict[str, Any]) -> dict[
         about: `hypernetwork` (fingerprint), `base`, `mlflow_runs`.
 
     Returns:
-        What results.json has: `about`, `devices`, `results` (a record for each setting, length and condition, see
-        `Score`) and `by_depth` (the same for each depth).
+        `about`, `devices`, and `results`, a record for each setting, length and condition, see `Score`; results.json
+        has also `by_depth`, the same for each depth.
 
     Raises:
         UserError: the folder cannot be written.
@@ -95,11 +95,10 @@ def write(folder: Path, trials: Sequence[Trial], about: dict[str, Any]) -> dict[
     result = about | {
         "devices": sorted({trial.device for trial in trials}),
         "results": [to_dict(score) for score in overall],
-        "by_depth": [to_dict(score) for score in by_depth],
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(result, folder / "results.json")
+        save_json(result | {"by_depth": [to_dict(score) for score in by_depth]}, folder / "results.json")
         (folder / "results.md").write_text(_markdown(result, overall))
         _heatmap(by_depth, folder / "heatmap.png")
         _lengths(overall, folder / "lengths.png")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from matplotlib import image
@@ -16,26 +17,31 @@ from pipelines.tracking import TrackingConfig
 from tests.conftest import tiny_hypernetwork
 
 
-@pytest.fixture
-def config(ray_cluster, tiny_llama, tmp_path):
+@pytest.fixture(scope="module")
+def config(ray_cluster, tiny_llama, tmp_path_factory):
     """Two lengths, one beyond the tiny model's window of 512 tokens."""
+    folder = tmp_path_factory.mktemp("needle")
     hypernetwork = tiny_hypernetwork(tiny_llama, chunking=ChunkingConfig(max_chunk_tokens=128))
-    hypernetwork.save_pretrained(tmp_path / "hypernetwork")
+    hypernetwork.save_pretrained(folder / "hypernetwork")
     return EvaluateNeedleConfig(
-        hypernetwork=tmp_path / "hypernetwork",
+        hypernetwork=folder / "hypernetwork",
         lengths=(150, 600),
         samples=(3, 2),
         needles=2,
         ranks=(6, 16, 0),
         in_context=2,
         timed=1,
-        output=tmp_path / "report",
-        tracking=TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", "test"),
+        output=folder / "report",
+        tracking=TrackingConfig(f"sqlite:///{folder}/mlflow.db", "test"),
     )
 
 
-def test_an_evaluation_asks_under_every_condition_and_is_recorded(config):
-    result = evaluate_needle(config)
+@pytest.fixture(scope="module")
+def result(config):
+    return evaluate_needle(config)
+
+
+def test_an_evaluation_asks_under_every_condition(config, result):
     of_long = {(r["condition"], r["rank"]): r for r in result["results"] if r["length"] == 600}
     conditions = ("wrong_document", "no_document", "in_context")
     assert list(of_long) == [("adapter", 16), ("adapter", 6), ("adapter", 0), *((name, None) for name in conditions)]
@@ -47,11 +53,14 @@ def test_an_evaluation_asks_under_every_condition_and_is_recorded(config):
     assert stored["wrong_document"] == of_long["wrong_document", None]["exact_match"]
     assert min(r["seconds_per_document"] for r in (stored, in_context)) > 0
     assert all(r["seconds_per_answer"] > 0 for r in of_long.values())
-    assert in_context["tokens_read"] < 512 < 600
-    assert {r["depth"] for r in result["by_depth"]} == {0.05, 0.15, 0.25}
-    folder = config.output
-    assert json.loads((folder / "results.json").read_text()) == result
-    assert all(image.imread(folder / name).std() > 0.05 for name in ("heatmap.png", "lengths.png"))
+    assert in_context["tokens_read"] < 512
+    written = json.loads((config.output / "results.json").read_text())
+    assert {name: written[name] for name in result} == result
+    assert {r["depth"] for r in written["by_depth"]} == {0.05, 0.15, 0.25}
+    assert all(image.imread(config.output / name).std() > 0.05 for name in ("heatmap.png", "lengths.png"))
+
+
+def test_an_evaluation_is_recorded_in_mlflow(config, result):
     client = MlflowClient(config.tracking.uri)
     (run_id,) = result["mlflow_runs"]
     run = client.get_run(run_id)
@@ -65,30 +74,30 @@ def test_an_evaluation_asks_under_every_condition_and_is_recorded(config):
     assert names == {"results.json", "results.md", "heatmap.png", "lengths.png", "answers.jsonl"}
 
 
-def test_the_same_command_goes_on_and_asks_nothing_twice(config):
-    config = dataclasses.replace(config, ranks=(16,), in_context=0, timed=0)
-    evaluate_needle(dataclasses.replace(config, lengths=(150,), samples=(2,)))
+def test_the_same_command_goes_on_and_asks_nothing_twice(config, result, tmp_path):
+    whole = list(AnswerLog(config.output).read())
+    shutil.copytree(config.output, tmp_path / "stopped")
+    config = dataclasses.replace(config, output=tmp_path / "stopped")
     log = AnswerLog(config.output)
-    first = log.path.read_text()
-    with log.path.open("a") as stream:
-        stream.write('{"length": 150, "dep')  # killed while it wrote
-    result = evaluate_needle(config)
-    assert log.path.read_text().startswith(first)
+    first, second, third, *_ = log.path.read_text().splitlines(keepends=True)
+    log.path.write_text(first + second + third[:40])  # killed while it wrote the third
+    again = evaluate_needle(config)
+    assert log.path.read_text().startswith(first + second)
     trials = list(log.read())
-    assert sorted((t.length, t.depth) for t in trials) == [
-        (150, 0.05),
-        (150, 0.15),
-        (150, 0.25),
-        (600, 0.05),
-        (600, 0.15),
-    ]
-    assert len({(t.length, t.seed) for t in trials}) == 5
+    assert len(trials) == len(whole) == 5
+    asked = {(t.length, t.depth, t.seed): (t.questions, t.expected) for t in trials}
+    assert asked == {(t.length, t.depth, t.seed): (t.questions, t.expected) for t in whole}
+    assert again["mlflow_runs"] == result["mlflow_runs"]
     before = log.path.stat().st_mtime_ns
-    assert evaluate_needle(config) == result  # in the same MLflow run
+    assert evaluate_needle(config) == again
     assert log.path.stat().st_mtime_ns == before
-    for change in ({"seed": 5}, {"needles": 1}, {"ranks": (16, 8)}):
-        with pytest.raises(UserError, match=f"another setting \\({next(iter(change))} .*give another --output"):
-            evaluate_needle(dataclasses.replace(config, **change))
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"needles": 1}, {"ranks": (16, 8)}])
+def test_answers_of_another_setting_are_not_mixed_in(config, result, change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"another setting \\({name} .*give another --output"):
+        evaluate_needle(dataclasses.replace(config, **change))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +115,7 @@ def test_the_same_command_goes_on_and_asks_nothing_twice(config):
         ({"workers": 0}, "--workers at least 1"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_written(config, change, message):
+def test_mistakes_are_named_before_anything_is_written(config, change, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        evaluate_needle(dataclasses.replace(config, **change))
-    assert not config.output.exists()
+        evaluate_needle(dataclasses.replace(config, output=tmp_path / "report", **change))
+    assert not list(tmp_path.iterdir())

@@ -113,7 +113,9 @@ def test_evaluations_join_into_one_table_and_plots(tmp_path) -> None:
         ("filler", 0, 1024),
         ("prose", 3, 256),
     }
-    assert json.loads((tmp_path / "both/results.json").read_text()) == result
+    written = json.loads((tmp_path / "both/results.json").read_text())
+    assert {name: written[name] for name in result} == result
+    assert len(written["by_depth"]) == 5 * (10 + 10 + 5)
     table = (tmp_path / "both/results.md").read_text()
     assert "## 1 needle in prose, 3 distractors" in table
     assert "| 1,024 | adapter, rank 128 | 100.0% | 72.2% to 100.0% |" in table
