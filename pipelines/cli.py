@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class _Command:
     config: str
     """Class of its options, in the same module; or module:function that returns a default."""
     summary: str
+    show: str = "pipelines.cli:show"
+    """module:function that prints the report."""
 
 
 COMMANDS = {
@@ -52,9 +54,13 @@ COMMANDS = {
         "pipelines.evaluate.needle:evaluate_needle",
         "EvaluateNeedleConfig",
         "is a number found in documents of any length?",
+        "pipelines.evaluate.report:show",
     ),
     "evaluate report": _Command(
-        "pipelines.evaluate.report:join", "JoinConfig", "one table and one plot of several needle evaluations"
+        "pipelines.evaluate.report:join",
+        "JoinConfig",
+        "one table and one plot of several needle evaluations",
+        "pipelines.evaluate.report:show",
     ),
     "convert": _Command("pipelines.convert:convert", "ConvertConfig", "turn document collections into adapters"),
     "serve": _Command("serve.app:run", "ServeConfig", "answer queries with a store's adapters (OpenAI-compatible)"),
@@ -95,14 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if as_json:
         print(json.dumps(report, default=str))
     elif report:
-        show(report)
+        _load(COMMANDS[name].show)(report)
 
 
 def _run(name: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:
     command = COMMANDS[name]
-    module, function = command.function.split(":")
-    run = getattr(importlib.import_module(module), function)
-    kind, default = _options(module, command.config)
+    run = _load(command.function)
+    kind, default = _options(command.function.split(":")[0], command.config)
     about = f"{command.summary}. With --json the result is one JSON object, the last line printed."
     config = tyro.cli(kind, args=arguments, prog=f"d2l {name}", default=default, description=about)
     # With --json, whatever libraries print goes to standard error.
@@ -113,9 +118,14 @@ def _run(name: str, arguments: list[str], as_json: bool) -> dict[str, Any] | Non
 def _options(module: str, config: str) -> tuple[Any, Any]:
     if ":" not in config:
         return getattr(importlib.import_module(module), config), tyro.MISSING_NONPROP
-    source, function = config.split(":")
-    default = getattr(importlib.import_module(source), function)()
+    default = _load(config)()
     return type(default), default
+
+
+def _load(name: str) -> Callable[..., Any]:
+    """The function `module:function`."""
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _usage(arguments: list[str]) -> None:

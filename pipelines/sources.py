@@ -87,7 +87,7 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
     seen: set[str] = set()
     ignored = 0
     for source in sources:
-        root, files = _find(source)
+        root, files = find_files(source)
         storage = Storage(root)
         texts: list[str] = []
         size = 0
@@ -124,10 +124,10 @@ def read_part(part: Row, config: SourceConfig, winners: dict[str, str]) -> Itera
     """The rows of one part."""
     storage = Storage(part["root"])
     if part["kind"] == "text":
-        yield from _read_texts(storage, list(part["names"]), config)
+        yield from read_texts(storage, list(part["names"]))
         return
     name = part["names"][0]
-    for number, record in _records(storage, name, part["kind"], [config.id_column, config.text_column], config):
+    for number, record in read_records(storage, name, part["kind"], [config.id_column, config.text_column], config):
         uri = f"{storage.url(name)}#{number}"
         doc_id = f"{name}#{number}"
         try:
@@ -157,8 +157,12 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _find(source: str) -> tuple[str, dict[str, int]]:
-    """Root of a source, and its files' names below it with their sizes."""
+def find_files(source: str) -> tuple[str, dict[str, int]]:
+    """Root of a source, and its files' names below it with their sizes.
+
+    Raises:
+        UserError: it does not exist, or is a file of an unknown kind.
+    """
     storage = Storage(source)
     filesystem, path = storage.filesystem, storage.path()
     with reported(source):
@@ -216,7 +220,7 @@ def _dataset(parts: list[Part]) -> ray.data.Dataset:
 
 def _read_row_ids(part: Row, config: SourceConfig) -> Iterator[Row]:
     storage, name = Storage(part["root"]), part["names"][0]
-    for number, record in _records(storage, name, part["kind"], [config.id_column], config):
+    for number, record in read_records(storage, name, part["kind"], [config.id_column], config):
         try:
             if not isinstance(record, UserError):
                 yield {"doc_id": _doc_id(record, config), "url": storage.url(name), "row": number}
@@ -231,7 +235,8 @@ def _doc_id(record: Row, config: SourceConfig) -> str:
     return check_doc_id(str(doc_id))
 
 
-def _read_texts(storage: Storage, names: list[str], config: SourceConfig) -> Iterator[Row]:
+def read_texts(storage: Storage, names: list[str]) -> Iterator[Row]:
+    """The rows of text files."""
     blobs = storage.filesystem.cat_ranges([storage.path(name) for name in names], None, None, on_error="return")
     for name, blob in zip(names, blobs, strict=True):
         try:
@@ -242,7 +247,7 @@ def _read_texts(storage: Storage, names: list[str], config: SourceConfig) -> Ite
             yield failure(name, storage.url(name), "read", str(error))
 
 
-def _records(
+def read_records(
     storage: Storage, name: str, kind: str, columns: list[str], config: SourceConfig
 ) -> Iterator[tuple[int, Row | UserError]]:
     """Rows of a table, numbered from 1, with why one cannot be read; number 0 is the table as a whole."""

@@ -8,10 +8,11 @@ beginning once, then each prompt's rest with its answer as a branch that sees th
 read once for all its questions; the result is that of a sequence of its own for each, up to rounding.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ TARGET_COLUMNS = {
     "teacher_log_probs": pa.list_(pa.list_(pa.float16())),
 }
 """What the teacher adds to a row: for each question a flattened [answer tokens, TOP], the end token included."""
+T = TypeVar("T")
 _HEAD_TOKENS = 512
 """Positions whose logits are held at a time: each is as wide as the vocabulary."""
 
@@ -59,6 +61,18 @@ class Targets(NamedTuple):
     """[answer tokens, TOP] int32: its likeliest tokens, the likeliest first."""
     log_probs: np.ndarray
     """[answer tokens, TOP] float16: theirs, not renormalised."""
+
+
+def batches_by_length(items: Iterable[T], length: Callable[[T], int], batch_tokens: int) -> Iterator[list[T]]:
+    """Batches of items of about one length, the shortest first, of at most `batch_tokens` with padding; or of one."""
+    batch: list[T] = []
+    for item in sorted(items, key=length):
+        if batch and (len(batch) + 1) * length(item) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 class Teacher:
@@ -96,14 +110,16 @@ class Teacher:
             batch: `document` string, `questions` and `answers` list<string>, whatever else.
 
         Returns:
-            The same rows. Targets are null for a document that does not fit the window with each of its questions.
+            The same rows; the schema's metadata says whose targets they are. Targets are null for a document that does
+            not fit the window with each of its questions.
         """
         rows = batch.select(["document", "questions", "answers"]).to_pylist()
         targets = self.targets([self.examples(**row) for row in rows])
         for i, (name, kind) in enumerate(TARGET_COLUMNS.items()):
             column = [None if t is None else [pair[i].ravel() for pair in t] for t in targets]
             batch = batch.append_column(name, pa.array(column, kind))
-        return batch
+        base = {"base_model": self.base.name, **asdict(self.base.digests)}
+        return batch.replace_schema_metadata({"d2l.teacher": json.dumps(base | {"top": TOP}, sort_keys=True)})
 
     def examples(self, document: str, questions: Sequence[str], answers: Sequence[str]) -> list[Example]:
         """A document's questions as the base model is asked them."""
@@ -122,7 +138,7 @@ class Teacher:
             found.append([None] * len(examples) if fits else None)
             if fits and examples:
                 trees += _trees(number, examples, self.batch_tokens)
-        for batch in _batches(sorted(trees, key=lambda tree: len(tree.ids)), self.batch_tokens):
+        for batch in batches_by_length(trees, lambda tree: len(tree.ids), self.batch_tokens):
             for (document, example), targets in self._forward(batch):
                 found[document][example] = targets  # type: ignore[index]
         return found  # type: ignore[return-value]
@@ -198,15 +214,3 @@ def _trees(document: int, examples: Sequence[Example], batch_tokens: int) -> lis
         tree.sources.append((document, number))
         tree.branch += [len(tree.spans)] * len(own)
     return trees
-
-
-def _batches(trees: list[_Tree], batch_tokens: int) -> Iterator[list[_Tree]]:
-    """Batches of trees, which get longer and longer, of at most `batch_tokens` with padding; or of one tree."""
-    batch: list[_Tree] = []
-    for tree in trees:
-        if batch and (len(batch) + 1) * len(tree.ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(tree)
-    if batch:
-        yield batch

@@ -1,0 +1,1 @@
+"""`d2l prepare`: documents, or questions about them, become a training set."""

@@ -1,0 +1,35 @@
+"""Answers that the base model gives itself, with the document in its prompt; and the filter for extractive answers."""
+
+import pyarrow as pa
+
+from pipelines.prepare.generation import PART_DOCUMENT, from_requests, to_requests
+from pipelines.prepare.rows import normalise
+from pipelines.teacher import document_question
+
+
+def ask_for_answers(documents: pa.Table) -> pa.Table:
+    """Requests for the answers to all questions about documents."""
+    return to_requests(documents, lambda row: [document_question(row["document"], each) for each in row["questions"]])
+
+
+def take_answers(requests: pa.Table) -> pa.Table:
+    """The documents, with the questions that got an answer."""
+    documents = []
+    for document, completions in from_requests(requests):
+        kept = [(q, a) for q, a in zip(document["questions"], completions, strict=True) if a]
+        document["dropped"] += ["unanswered" if a is None else "empty_answer" for a in completions if not a]
+        document |= {"questions": [q for q, _ in kept], "answers": [a for _, a in kept]}
+        documents.append(document)
+    return pa.Table.from_pylist(documents, PART_DOCUMENT)
+
+
+def keep_extractive(documents: pa.Table) -> pa.Table:
+    """The documents, with the questions whose answers stand in the text, case and white space aside."""
+    rows = documents.to_pylist()
+    for row in rows:
+        text = normalise(row["document"])
+        pairs = list(zip(row["questions"], row["answers"], strict=True))
+        kept = [(question, answer) for question, answer in pairs if normalise(answer).rstrip(".") in text]
+        row["dropped"] += ["answer_not_in_document"] * (len(pairs) - len(kept))
+        row |= {"questions": [q for q, _ in kept], "answers": [a for _, a in kept]}
+    return pa.Table.from_pylist(rows, PART_DOCUMENT)

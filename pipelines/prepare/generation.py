@@ -1,0 +1,152 @@
+"""Texts that a language model generates about documents, as a stage of Ray Data.
+
+Documents become requests (one prompt each, and none for a document that asks nothing), requests get completions, and a
+document's requests become the document again.
+
+Two engines: transformers, in actors of our own, on CPUs or GPUs; and vLLM through `ray.data.llm`, on GPUs. The second
+is written to the interface of Ray 2.60 and has not been run: vLLM is not among our dependencies.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import pyarrow as pa
+from ray.data import ActorPoolStrategy, Dataset
+
+from d2l.base_model import load_base_model, resolve
+from d2l.errors import UserError
+from d2l.generation import SamplingConfig, generate
+from pipelines import cluster
+from pipelines.prepare.parts import DOCUMENT
+from pipelines.prepare.rows import Row
+from pipelines.teacher import batches_by_length
+
+PART_DOCUMENT = DOCUMENT.append(pa.field("part", pa.int32()))
+"""A document on its way through the stages, with the number of its part."""
+_REQUEST = pa.schema([*PART_DOCUMENT, ("row", pa.int32()), ("item", pa.int32()), ("prompt", pa.string())])
+_VLLM_BATCH = 64
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How generated questions and answers are computed."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates; vllm needs GPUs, and `pip install 'ray[llm]'`."""
+    batch_tokens: int = 8192
+    """Tokens of prompts, padding included, that transformers takes at a time."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Actors of a stage."""
+
+    count: int
+    """How many."""
+    gpus: float
+    """GPUs of each; on the CPU if 0."""
+    dtype: str
+    """Of the model: auto, float32, bfloat16."""
+
+    @property
+    def device(self) -> str:
+        """Where a model is put."""
+        return "cuda" if self.gpus else "cpu"
+
+    def resources(self) -> dict[str, Any]:
+        """What `map_batches` is told."""
+        reserved = {"num_gpus": self.gpus} if self.gpus else {"num_cpus": 1}
+        return {"compute": ActorPoolStrategy(size=self.count), **reserved}
+
+
+def to_requests(documents: pa.Table, prompts: Callable[[Row], list[str]]) -> pa.Table:
+    """Requests of documents: a row for each prompt, or one with a null prompt; the first carries the document."""
+    blank: Row = {"questions": [], "answers": [], "dropped": []}
+    requests = []
+    for number, document in enumerate(documents.to_pylist()):
+        for item, prompt in enumerate(prompts(document) or [None]):  # type: ignore[list-item]
+            place = {"part": document["part"], "row": number, "item": item, "prompt": prompt}
+            requests.append((blank if item else document) | place)
+    return pa.Table.from_pylist(requests, _REQUEST)
+
+
+def from_requests(requests: pa.Table) -> Iterator[tuple[Row, list[str | None]]]:
+    """Documents of completed requests, which may come in any order, and the completions of each."""
+
+    def place(request: Row) -> tuple[int, int]:
+        return request["part"], request["row"]
+
+    rows = sorted(requests.to_pylist(), key=lambda request: (*place(request), request["item"]))
+    for _, group in groupby(rows, key=place):
+        asked = list(group)
+        document = {name: asked[0][name] for name in PART_DOCUMENT.names}
+        yield document, [request["completion"] for request in asked if request["prompt"] is not None]
+
+
+def complete(requests: Dataset, model: str, max_new_tokens: int, config: GenerationConfig, workers: Workers) -> Dataset:
+    """Add a column `completion` to rows with a user's turn in the column `prompt`.
+
+    Where the prompt is null, does not fit the model's window, or the answer did not end, it is null.
+    """
+    if config.engine == "vllm":
+        return _vllm(requests, model, max_new_tokens, workers)
+    return requests.map_batches(
+        Completer,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_args=(model, max_new_tokens, config, workers),
+        **workers.resources(),
+    )
+
+
+class Completer:
+    """The actor: greedy completions with transformers."""
+
+    def __init__(self, model: str, max_new_tokens: int, config: GenerationConfig, workers: Workers):
+        cluster.share_cores(workers.count)
+        self.base = load_base_model(model, workers.device, workers.dtype)
+        self.sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+        self.config = config
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        """Requests with their completions."""
+        completions: list[str | None] = [None] * len(requests)
+        window = self.base.model.config.get_text_config().max_position_embeddings - self.sampling.max_new_tokens
+        prompts = {}
+        for row, prompt in enumerate(requests["prompt"].to_pylist()):
+            if prompt is not None:
+                ids = self.base.prompt_ids([{"role": "user", "content": prompt}])
+                if len(ids) <= window:
+                    prompts[row] = ids
+        for batch in batches_by_length(prompts, lambda row: len(prompts[row]), self.config.batch_tokens):
+            answers = generate(self.base, [prompts[row] for row in batch], [None] * len(batch), self.sampling)
+            for row, ids in zip(batch, answers, strict=True):
+                if len(ids) < self.sampling.max_new_tokens:
+                    completions[row] = str(self.base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return requests.append_column("completion", pa.array(completions, pa.string()))
+
+
+def _vllm(requests: Dataset, model: str, max_new_tokens: int, workers: Workers) -> Dataset:
+    try:
+        import vllm  # noqa: F401
+        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    except ImportError as error:
+        raise UserError(f"--engine vllm: {error}; pip install 'ray[llm]', or take --engine transformers") from error
+
+    def ask(row: dict[str, Any]) -> dict[str, Any]:
+        # Every row goes through the engine: those without a prompt cost it a token.
+        tokens = max_new_tokens if row["prompt"] is not None else 1
+        messages = [{"role": "user", "content": row["prompt"] or "-"}]
+        return {**row, "messages": messages, "sampling_params": {"temperature": 0.0, "max_tokens": tokens}}
+
+    def take(row: dict[str, Any]) -> dict[str, Any]:
+        ended = row["prompt"] is not None and row["num_generated_tokens"] < max_new_tokens
+        kept = {name: row[name] for name in _REQUEST.names}
+        return kept | {"completion": row["generated_text"].strip() if ended else None}
+
+    config = vLLMEngineProcessorConfig(
+        model_source=resolve(model), concurrency=workers.count, batch_size=_VLLM_BATCH, engine_kwargs={}
+    )
+    return build_processor(config, preprocess=ask, postprocess=take)(requests)

@@ -1,0 +1,275 @@
+"""What a training set is made from: files of three shapes, told apart by their columns, read as rows of one schema.
+
+- prepared: a row for each document, `document, questions, answers`;
+- questions: a row for each question, `context, question, answers`; of a list of answers, the first counts;
+- documents: a row for each document, its text in the column that `SourceConfig.text_column` names; and text files.
+
+A column `split` is kept; else a file in a folder `train`, `dev` or `test` belongs to that split. What cannot be used
+becomes a row with the reason, so that everything is accounted for and one bad row stops nothing.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2l.chunking import check_text
+from d2l.errors import UserError
+from d2l.storage import Storage, one_line, reported
+from pipelines.sources import KINDS, SourceConfig, find_files, read_records, read_texts
+
+SPLITS = ("train", "dev", "test")
+"""Folders of a training set. A text that is in several counts in the last: what is held out stays so."""
+SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "validation": "dev", "valid": "dev", "val": "dev"}
+"""What a column `split` may say."""
+ROW = pa.schema(
+    {
+        "part": pa.int32(),  # which part of the training set it belongs to
+        "order": pa.int64(),  # its place among all rows of all sources
+        "digest": pa.string(),  # of the normalised text
+        "doc_id": pa.string(),  # empty: the digest
+        "document": pa.string(),
+        "split": pa.string(),  # empty: drawn by digest
+        "whole": pa.bool_(),  # whether the row is a document, and not one question about it
+        "questions": pa.list_(pa.string()),
+        "answers": pa.list_(pa.string()),  # empty where there is none
+        "reason": pa.string(),  # why it cannot be used, as a word
+        "message": pa.string(),  # and for people
+    }
+)
+"""A row as it is read."""
+_BATCH_ROWS = 1000
+_FILE_ROWS = 1 << 40
+"""Rows that a file may have, for numbering all rows of all files."""
+_TEXT_FILES = 64
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """What one task reads: a table, or some text files of one folder."""
+
+    number: int
+    """Its place among all."""
+    kind: str
+    """`text`, `jsonl`, `parquet`; or `huge`, text files that are refused unread."""
+    root: str
+    """Folder or URL that the names are relative to."""
+    names: tuple[str, ...]
+    """Files."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of a file before its rows are read."""
+
+    url: str
+    """The file, or the first of several and how many there are."""
+    rows: int
+    """Rows, or files."""
+    digest: str
+    """SHA-256 of the bytes, hex."""
+
+
+def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[SourceFile], int]:
+    """The files of all sources, in a fixed order, each once; and how many files of other kinds there are.
+
+    Raises:
+        UserError: a source does not exist, or has no file of a known kind.
+    """
+    found: list[SourceFile] = []
+    seen: set[str] = set()
+    ignored = 0
+    for source in sources:
+        root, files = find_files(source)
+        storage = Storage(root)
+        texts: dict[str, list[str]] = {"text": [], "huge": []}
+        for name, size in sorted(files.items()):
+            kind = KINDS.get(PurePosixPath(name).suffix.lower())
+            if kind is None or storage.url(name) in seen:
+                ignored += kind is None
+                continue
+            seen.add(storage.url(name))
+            if kind == "text":
+                texts["huge" if size > config.max_bytes else "text"].append(name)
+            else:
+                found.append(SourceFile(len(found), kind, root, (name,)))
+        for kind, names in texts.items():
+            for start in range(0, len(names), _TEXT_FILES):
+                found.append(SourceFile(len(found), kind, root, tuple(names[start : start + _TEXT_FILES])))
+    if not found:
+        raise UserError(f"{', '.join(sources)}: no files of {', '.join(KINDS)}")
+    return found, ignored
+
+
+def inspect(file: SourceFile, config: SourceConfig, need_answers: bool) -> Inspected:
+    """Digest a file, count its rows and check its columns.
+
+    Raises:
+        UserError: it cannot be read, or columns are missing: the message names these and those that are there.
+    """
+    storage, name = Storage(file.root), file.names[0]
+    hashed = hashlib.sha256()
+    lines = 0
+    try:
+        for each in file.names:
+            with reported(storage.url(each)), storage.filesystem.open(storage.path(each), "rb") as stream:
+                while block := stream.read(1 << 20):
+                    hashed.update(block)
+                    lines += block.count(b"\n")
+        rows, columns = len(file.names), set[str]()
+        if file.kind == "parquet":
+            with storage.filesystem.open(storage.path(name), "rb") as stream:
+                table = pq.ParquetFile(stream)
+                rows, columns = table.metadata.num_rows, set(table.schema_arrow.names)
+        elif file.kind == "jsonl":
+            rows, columns = lines + 1, _first_keys(file, config)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise UserError(f"{storage.url(name)}: cannot be read ({one_line(error)})") from error
+    if columns:
+        _check_columns(columns, config, need_answers, storage.url(name))
+    more = f" and {len(file.names) - 1} more" if len(file.names) > 1 else ""
+    return Inspected(storage.url(name) + more, rows, hashed.hexdigest())
+
+
+def read_file(file: SourceFile, config: SourceConfig, parts: int) -> Iterator[pa.Table]:
+    """The rows of a file as tables of `ROW`, dealt out to `parts` parts by the digests of their texts."""
+    rows: list[Row] = []
+    for number, row in enumerate(_normalised(file, config)):
+        rows.append(row | {"order": file.number * _FILE_ROWS + number, "part": int(row["digest"][-8:], 16) % parts})
+        if len(rows) == _BATCH_ROWS:
+            yield pa.Table.from_pylist(rows, ROW)
+            rows = []
+    yield pa.Table.from_pylist(rows, ROW)
+
+
+def normalise(text: str) -> str:
+    """A text without regard to its case and white space: what is equal so counts as the same."""
+    return " ".join(text.casefold().split())
+
+
+def text_digest(text: str) -> str:
+    """SHA-256, hex, of a normalised text."""
+    return hashlib.sha256(normalise(text).encode()).hexdigest()
+
+
+def _first_keys(file: SourceFile, config: SourceConfig) -> set[str]:
+    """The columns of a JSONL file's first good line."""
+    for _, record in read_records(Storage(file.root), file.names[0], file.kind, [], config):
+        if isinstance(record, dict):
+            return set(record)
+    return set()
+
+
+def _shape(columns: set[str], config: SourceConfig) -> tuple[str, ...]:
+    """The columns that a table of its shape needs, answers aside."""
+    if "questions" in columns:
+        return ("document", "questions")
+    return ("context", "question") if "question" in columns else (config.text_column,)
+
+
+def _check_columns(columns: set[str], config: SourceConfig, need_answers: bool, where: str) -> None:
+    needed = _shape(columns, config)
+    needed += ("answers",) if need_answers and len(needed) > 1 else ()
+    if missing := [name for name in needed if name not in columns]:
+        raise UserError(
+            f"{where}: no column {', '.join(missing)}; it has {', '.join(sorted(columns))}. Give rows of context, "
+            "question, answers, or of document, questions, answers; or name the texts' column with --text-column. "
+            "Without answers: --answers self"
+        )
+
+
+def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
+    storage = Storage(file.root)
+    if file.kind == "huge":
+        for name in file.names:
+            yield _unusable("too_large", f"{storage.url(name)}: more than max_bytes = {config.max_bytes:,}")
+        return
+    if file.kind == "text":
+        for found in read_texts(storage, list(file.names)):
+            split = _folder_split(found["doc_id"])
+            if found["reason"]:
+                yield _unusable("unreadable", found["reason"])
+            else:
+                yield _row(found["doc_id"], found["text"], split, True, [], [])
+        return
+    name = file.names[0]
+    for number, record in read_records(storage, name, file.kind, _wanted(file, storage, config), config):
+        where = f"{storage.url(name)}#{number}"
+        if isinstance(record, UserError):
+            yield _unusable("unreadable", str(record))
+            continue
+        try:
+            yield _of_record(record, config, _folder_split(name), where)
+        except UserError as error:
+            yield _unusable("malformed", str(error))
+
+
+def _wanted(file: SourceFile, storage: Storage, config: SourceConfig) -> list[str]:
+    """The columns of a Parquet file that matter; a JSONL file's are all read."""
+    if file.kind != "parquet":
+        return []
+    names = pq.read_schema(storage.path(file.names[0]), filesystem=storage.filesystem).names
+    known = {"document", "context", "questions", "question", "answers", "split", "doc_id", config.id_column}
+    return [name for name in names if name in known | {config.text_column}]
+
+
+def _of_record(record: Row, config: SourceConfig, split: str, where: str) -> Row:
+    """A record of any shape as a row.
+
+    Raises:
+        UserError: it lacks something, or something is of the wrong kind.
+    """
+    given = record.get("split")
+    if given is not None:
+        split = SPLIT_NAMES.get(str(given).lower(), "")
+        if not split:
+            raise UserError(f"{where}: split {given!r} unknown; expected one of {', '.join(SPLIT_NAMES)}")
+    shape = _shape(set(record), config)
+    text = record.get(shape[0])
+    if not isinstance(text, str):
+        raise UserError(f"{where}: column {shape[0]!r} holds {type(text).__name__}, expected text")
+    check_text(text, where)
+    doc_id = record.get("doc_id", record.get(config.id_column))
+    if len(shape) == 1:
+        return _row(doc_id, text, split, True, [], [])
+    if shape[1] == "question":
+        question, answers = record["question"], record.get("answers") or ""
+        answer = next((a for a in answers if a), "") if isinstance(answers, list) else answers
+        return _row(None, text, split, False, [_text(question, where)], [_text(answer, where)])
+    for name in ("questions", "answers"):
+        if not isinstance(record.get(name), list | None):
+            raise UserError(f"{where}: column {name!r} holds {type(record[name]).__name__}, expected a list")
+    questions = [_text(question, where) for question in record["questions"] or []]
+    answers = [_text(answer, where) for answer in record.get("answers") or [""] * len(questions)]
+    if len(questions) != len(answers):
+        raise UserError(f"{where}: has {len(questions)} questions and {len(answers)} answers")
+    return _row(doc_id, text, split, True, questions, answers)
+
+
+def _text(value: object, where: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: a question or answer is {type(value).__name__}, expected text")
+    text = (value or "").strip()
+    return check_text(text, where) if text else ""
+
+
+def _row(doc_id: Any, text: str, split: str, whole: bool, questions: list[str], answers: list[str]) -> Row:
+    identity = "" if doc_id is None else str(doc_id)
+    contents = {"document": text, "questions": questions, "answers": answers, "whole": whole}
+    return {"doc_id": identity, "split": split, "digest": text_digest(text), "reason": "", "message": ""} | contents
+
+
+def _unusable(reason: str, message: str) -> Row:
+    message = message.encode("utf-8", "backslashreplace").decode()
+    row = _row(None, "", "", True, [], [])
+    return row | {"digest": text_digest(message), "reason": reason, "message": message}
+
+
+def _folder_split(name: str) -> str:
+    return next((part for part in PurePosixPath(name).parts[:-1] if part in SPLITS), "")
