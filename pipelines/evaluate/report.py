@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import tyro
+from rich.console import Console
+from rich.markdown import Markdown
 
-from d2l.config import save_json, to_dict
+from d2l.config import from_dict, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
 from pipelines.evaluate.answers import AnswerLog, Evaluation, Trial
@@ -105,6 +107,11 @@ def write(folder: Path, trials: Sequence[Trial], about: dict[str, Any]) -> dict[
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written ({one_line(error)})") from error
     return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table, as it is in results.md."""
+    Console().print(Markdown(_markdown(result, [from_dict(Score, record) for record in result["results"]])))
 
 
 def files(folder: Path) -> list[Path]:

@@ -103,7 +103,7 @@ def evaluation(folder, trials, hypernetwork: str = "abcd"):
     return folder
 
 
-def test_evaluations_join_into_one_table_and_plots(tmp_path) -> None:
+def test_evaluations_join_into_one_table_and_plots(tmp_path, capsys, monkeypatch) -> None:
     filler = evaluation(tmp_path / "filler", [trial(n, i) for n in (256, 1024) for i in range(10)])
     prose = evaluation(tmp_path / "prose", [trial(256, i, haystack="prose", distractors=3) for i in range(5)])
     result = report.join(JoinConfig((filler, prose), tmp_path / "both"))
@@ -120,6 +120,9 @@ def test_evaluations_join_into_one_table_and_plots(tmp_path) -> None:
     assert "## 1 needle in prose, 3 distractors" in table
     assert "| 1,024 | adapter, rank 128 | 100.0% | 72.2% to 100.0% |" in table
     assert "document in the prompt, its first and last 250 tokens" in table  # of 1,024
+    monkeypatch.setenv("COLUMNS", "160")
+    report.show(result)
+    assert "72.2% to 100.0%" in capsys.readouterr().out
     for name in ("heatmap.png", "lengths.png"):
         pixels = image.imread(tmp_path / "both" / name)
         assert min(pixels.shape[:2]) > 300
