@@ -65,13 +65,13 @@ class MetaLearner(nn.Module):
             chunk_factors = self.hypernetwork(batch.chunks)
         factors = map_tensors(combine_chunks(chunk_factors, batch.chunks_per_document), lambda t: t.to(dtype))
         bias = map_tensors(self.hypernetwork.bias_factors() or {}, lambda t: t.to(dtype).unsqueeze(1))
-        scale = self.hypernetwork.config.scale
+        layers, scale = self.hypernetwork.layers, self.hypernetwork.config.scale
         documents = Rows(tuple(i for i, count in enumerate(batch.questions) for _ in range(count)))
         everywhere = Rows((0,) * len(batch.ids))
 
         @contextmanager
         def adapted() -> Iterator[None]:
-            with inject(base, factors, documents, scale), inject(base, bias, everywhere, scale):
+            with inject(base, factors, documents, layers, scale), inject(base, bias, everywhere, layers, scale):
                 yield
 
         return chunk_factors, adapted

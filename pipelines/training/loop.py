@@ -142,7 +142,7 @@ def _resume(
     if step is not None:
         with fetched(folders.url(step)) as folder:
             hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32).to(base.device).train()
-            optimizer = _optimizer(hypernetwork, recipe.optimizer)
+            optimizer = new_optimizer(hypernetwork, recipe.optimizer)
             return restore_learning(folder, hypernetwork, optimizer), hypernetwork, optimizer
     if config.init_from:
         with fetched(config.init_from) as folder:
@@ -151,10 +151,11 @@ def _resume(
         hypernetwork = Hypernetwork(recipe.hypernetwork, base)
     hypernetwork.to(base.device).train()
     start = {"step": 0, "positions": {}, "skipped": {}, "best": None}
-    return start, hypernetwork, _optimizer(hypernetwork, recipe.optimizer)
+    return start, hypernetwork, new_optimizer(hypernetwork, recipe.optimizer)
 
 
-def _optimizer(hypernetwork: Hypernetwork, config: OptimizerConfig) -> torch.optim.AdamW:
+def new_optimizer(hypernetwork: Hypernetwork, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters."""
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(
         hypernetwork.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True

@@ -34,7 +34,7 @@ class NeedleTask:
     max_tokens: int = 1024
     """Longest documents; lengths are drawn log-uniformly."""
     keyed: float = 0.0
-    """Share of documents with needles under keys, all of them asked for, and distractors."""
+    """Share of documents with needles under keys, all of them asked for, and distractors; where these fit."""
     max_needles: int = 6
     """Needles, and distractors, in a keyed document at most."""
     prose: float = 0.0
@@ -194,9 +194,9 @@ class _Needles(Source):
 
     def _kind(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> NeedleConfig:
         tokens = round(math.exp(rng.uniform(math.log(self.task.min_tokens), math.log(self.task.max_tokens))))
-        if rng.random() >= self.task.keyed:
+        fitting = min(self.task.max_needles, int(0.4 * tokens / longest_sentence(tokenizer)))
+        if rng.random() >= self.task.keyed or not fitting:
             return NeedleConfig(tokens)
-        fitting = max(1, min(self.task.max_needles, int(0.4 * tokens / longest_sentence(tokenizer))))
         needles = rng.randint(1, fitting)
         return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
 
@@ -288,8 +288,8 @@ class _Questions(_Rows):
         ids = np.asarray(row["teacher_ids"][question], np.int32)
         if len(ids) != tokens * TOP:
             raise UserError(
-                f"{self.rows.what}: the teacher's targets are of {len(ids) // TOP} tokens, an answer has {tokens}. They are "
-                "another base model's: prepare the training set with the one that is trained for"
+                f"{self.rows.what}: the teacher's targets are of {len(ids) // TOP} tokens, the answer has {tokens}: "
+                "they are another base model's. Prepare the training set with the one that is trained for"
             )
         log_probs = np.asarray(row["teacher_log_probs"][question], np.float16)
         return Targets(ids.reshape(-1, TOP), log_probs.reshape(-1, TOP))

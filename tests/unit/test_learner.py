@@ -1,0 +1,109 @@
+"""The learner: the loss is that of each document alone, and nothing that saves memory changes it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hypernetwork
+
+from d2l.chunking import Affixes, ChunkingConfig
+from pipelines.recipes import LossConfig
+from pipelines.teacher import TOP, Targets
+from pipelines.training.batches import PackedBatch, collate
+from pipelines.training.evaluation import answer_samples, evaluate
+from pipelines.training.learner import MetaLearner
+from pipelines.training.tasks import NeedleTask, SourceConfig, open_task
+
+
+@pytest.fixture
+def documents(tiny_base):
+    """Documents of one to three chunks, some with several questions."""
+    config = SourceConfig(ChunkingConfig(max_chunk_tokens=64), held_out=True)
+    source = open_task(NeedleTask(60, 190, keyed=0.5), config, "s", None)
+    assert source is not None
+    return source.documents(tiny_base.tokenizer, 0, 1, 0, 4)[0]
+
+
+def batch_of(base, documents, learns_answers=True):
+    return collate(PackedBatch("needle", learns_answers, documents), Affixes.of(base.tokenizer), base.pad_id)
+
+
+def learner_of(base, generator="outer_product", loss=None, **fields):
+    return MetaLearner(base, tiny_hypernetwork(base, generator), loss or LossConfig(), **fields)
+
+
+@pytest.mark.parametrize("generator", ["outer_product", "perceiver"])
+def test_the_loss_is_the_mean_of_the_documents_own(tiny_base, documents, generator):
+    learner = learner_of(tiny_base, generator)
+    whole, _ = learner(batch_of(tiny_base, documents))
+    each = [learner(batch_of(tiny_base, [document]))[0] for document in documents]
+    torch.testing.assert_close(whole, torch.stack(each).mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("generator", ["outer_product", "perceiver"])
+def test_recomputed_layers_give_the_same_gradients(tiny_base, documents, generator):
+    gradients = []
+    for recompute in (False, True):
+        learner = learner_of(tiny_base, generator, LossConfig(l1=0.1), gradient_checkpointing=recompute)
+        loss, _ = learner(batch_of(tiny_base, documents))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in learner.named_parameters()})
+    assert all(g is not None and g.any() for g in gradients[0].values())
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
+    assert not any("forward" in vars(layer) for layer in tiny_base.layers)
+    assert not any(module._forward_hooks for module in tiny_base.model.modules())
+
+
+def test_recomputed_layers_keep_less(tiny_llama):
+    source = open_task(NeedleTask(200, 200), SourceConfig(ChunkingConfig(max_chunk_tokens=64)), "s", None)
+    assert source is not None
+    batch = batch_of(tiny_llama, source.documents(tiny_llama.tokenizer, 0, 1, 0, 2)[0])
+
+    def kept(recompute):
+        saved = []
+        learner = learner_of(tiny_llama, gradient_checkpointing=recompute)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+            learner(batch)
+        return sum(saved)
+
+    assert kept(True) < 0.7 * kept(False)
+
+
+def with_targets(document, vocabulary):
+    """Its teacher is sure of the answer's tokens."""
+    targets = []
+    for answer in document.answers:
+        others = (answer[:, None] + np.arange(TOP)) % vocabulary
+        log_probs = np.full((len(answer), TOP), -30.0, np.float16)
+        log_probs[:, 0] = 0.0
+        targets.append(Targets(others.astype(np.int32), log_probs))
+    return dataclasses.replace(document, targets=targets)
+
+
+def test_a_teacher_that_is_sure_of_the_answers_is_the_answers(tiny_base, documents):
+    taught = [with_targets(d, tiny_base.model.config.vocab_size) for d in documents]
+    given, _ = learner_of(tiny_base)(batch_of(tiny_base, documents))
+    learned, metrics = learner_of(tiny_base)(batch_of(tiny_base, taught, learns_answers=False))
+    torch.testing.assert_close(learned, given, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(metrics["answer_loss"], given.detach())
+    both, _ = learner_of(tiny_base, loss=LossConfig(answers=0.25, teacher=0.5))(batch_of(tiny_base, taught))
+    torch.testing.assert_close(both, 0.75 * given, atol=1e-4, rtol=1e-4)
+
+
+def test_capped_logits_are_capped(tiny_llama, documents, monkeypatch):
+    monkeypatch.setattr(tiny_llama.model.config, "final_logit_softcapping", 0.001, raising=False)
+    loss, _ = learner_of(tiny_llama)(batch_of(tiny_llama, documents))
+    assert loss.item() == pytest.approx(np.log(tiny_llama.model.config.vocab_size), abs=0.01)
+
+
+def test_evaluation_is_the_mean_over_documents(tiny_base, documents):
+    learner, affixes = learner_of(tiny_base), Affixes.of(tiny_base.tokenizer)
+    dev = {"needle": [PackedBatch("needle", True, documents[:1]), PackedBatch("needle", True, documents[1:])]}
+    whole, _ = learner(batch_of(tiny_base, documents))
+    scores = evaluate(learner, tiny_base, dev, affixes)
+    assert scores["dev_loss"] == scores["dev_needle_loss"] == pytest.approx(whole.item(), abs=1e-5)
+    assert 0 <= scores["dev_needle_exact_match"] <= 1
+    rows = answer_samples(learner, tiny_base, dev, affixes)
+    assert rows[0]["expected"] == documents[0].text[2][0]
+    assert {"task", "question", "answer"} <= set(rows[0])

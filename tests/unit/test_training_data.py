@@ -1,0 +1,234 @@
+"""Documents, windows and batches of training, without Ray: nothing is lost, doubled, or over the budget."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2l.chunking import Affixes, ChunkingConfig
+from d2l.errors import UserError
+from d2l.hypernetwork import HypernetworkConfig
+from pipelines.recipes import Recipe, Share, Stage
+from pipelines.teacher import TOP
+from pipelines.training.batches import PackedBatch, collate, pack
+from pipelines.training.parquet import open_row_groups
+from pipelines.training.stages import WINDOW_BATCHES, dev_batches, open_stages
+from pipelines.training.tasks import Document, NeedleTask, QuestionsTask, RepeatTask, SourceConfig, open_task
+
+
+def document(*chunks: int) -> Document:
+    one = [np.zeros(2, np.int32)]
+    return Document([np.zeros(length, np.int32) for length in chunks], one, one)
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), max_size=60), st.integers(20, 200))
+def test_every_document_is_in_one_batch_within_the_budget(lengths, budget):
+    documents = [document(*chunks) for chunks in lengths]
+    skipped: Counter[str] = Counter()
+    batches = pack(documents, budget, skipped)
+    packed = [id(d) for batch in batches for d in batch]
+    too_long = [d for d in documents if len(d.chunks) * d.width > budget]
+    assert sorted(packed) == sorted(id(d) for d in documents if len(d.chunks) * d.width <= budget)
+    assert skipped["documents longer than batch_tokens"] == len(too_long)
+    for batch in batches:
+        assert sum(len(d.chunks) for d in batch) * max(d.width for d in batch) <= budget
+
+
+def write_rows(folder, rows, group=5, files=1):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        pq.write_table(pa.Table.from_pylist(rows[i::files]), folder / f"{i}.parquet", row_group_size=group)
+    return str(folder.parent)
+
+
+@given(shards=st.integers(1, 5), epochs=st.integers(1, 3))
+def test_every_row_comes_once_an_epoch_whatever_the_shards(shards, epochs, rows23):
+    groups = open_row_groups(rows23, ["document"], "train")
+    assert groups is not None
+    # Deal until all shards together have `epochs` epochs: 6 groups an epoch, in turn.
+    seen: list[str] = []
+    for shard in range(shards):
+        dealt = len(range(shard, 6 * epochs, shards))
+        sizes = [groups._groups[groups._dealt("s", shard + turn * shards)[0]][2] for turn in range(dealt)]
+        seen += [row["document"] for row in groups.read("s", shard, shards, 0, sum(sizes))]
+    assert Counter(seen) == {f"text {i}": epochs for i in range(23)}
+
+
+@given(start=st.integers(0, 60), length=st.integers(0, 30))
+def test_a_stream_can_be_joined_anywhere(start, length, rows23):
+    groups = open_row_groups(rows23, ["document"], "train")
+    assert groups is not None
+    whole = list(groups.read("s", 1, 2, 0, 90))
+    assert list(groups.read("s", 1, 2, start, start + length)) == whole[start : start + length]
+
+
+@pytest.fixture(scope="module")
+def rows23(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows") / "train"
+    return write_rows(folder, [{"document": f"text {i}"} for i in range(23)], group=4, files=2)
+
+
+def test_rows_are_shuffled_differently_each_epoch(rows23):
+    groups = open_row_groups(rows23, ["document"], "train")
+    assert groups is not None
+    rows = [row["document"] for row in groups.read("s", 0, 1, 0, 46)]
+    assert rows[:23] != rows[23:]
+    assert rows[:23] != sorted(rows[:23])
+
+
+def recipe_of(base, *shares, **fields) -> Recipe:
+    hypernetwork = HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=64))
+    stage = Stage(10, shares, batch_tokens=320)
+    return dataclasses.replace(Recipe(base=base.name, hypernetwork=hypernetwork, stages=(stage,)), **fields)
+
+
+def test_a_windows_batches_follow_from_its_number_alone(tiny_llama):
+    recipe = recipe_of(tiny_llama, Share(NeedleTask(40, 120, keyed=0.5)), batches_per_step=2)
+    (stage,) = open_stages(recipe)
+
+    def ids(shard, number):
+        batches, _ = stage.window(tiny_llama.tokenizer, shard, number)
+        return [chunk.tolist() for batch in batches for d in batch.documents for chunk in d.chunks]
+
+    assert ids(0, 3) == ids(0, 3)
+    assert ids(0, 3) != ids(1, 3) != ids(1, 4)
+
+
+def test_shares_are_of_tokens_and_padding_is_low(tiny_llama, tmp_path):
+    rows = [{"document": "word " * (5 + i % 40), "questions": ["q?"], "answers": ["a"]} for i in range(200)]
+    data = write_rows(tmp_path / "train", rows, group=50)
+    recipe = recipe_of(tiny_llama, Share(QuestionsTask(), 3.0), Share(NeedleTask(40, 60), 1.0), data=data)
+    (stage,) = open_stages(recipe)
+    tokens: Counter[str] = Counter()
+    padded = batches = 0
+    for number in range(10):
+        for batch in stage.window(tiny_llama.tokenizer, 0, number)[0]:
+            tokens[batch.task] += sum(len(chunk) for d in batch.documents for chunk in d.chunks)
+            padded += collate(batch, Affixes((), ()), 0).padded_tokens
+            batches += 1
+    assert tokens["questions"] / tokens.total() == pytest.approx(0.75, abs=0.08)
+    assert 1 - tokens.total() / padded < 0.1
+    assert batches / 10 == pytest.approx(WINDOW_BATCHES, rel=0.4)
+
+
+def test_what_cannot_be_used_is_counted(tiny_llama, tmp_path):
+    good = "The magic number is 12."
+    rows = [
+        {"document": good, "questions": ["a?", "b?"], "answers": ["1", " "]},
+        {"document": good, "questions": ["a?"], "answers": [None]},
+        {"document": " ", "questions": ["a?"], "answers": ["1"]},
+        {"document": "a\0b", "questions": ["a?"], "answers": ["1"]},
+        {"document": "long " * 300, "questions": ["a?"], "answers": ["1"]},
+        {"document": "long " * 30_000, "questions": ["a?"], "answers": ["1"]},
+        {"document": good, "questions": ["a?"] * 4, "answers": ["1"] * 4},
+    ]
+    data = write_rows(tmp_path / "train", rows)
+    task = QuestionsTask(max_document_tokens=200, max_questions=3)
+    source = open_task(task, SourceConfig(ChunkingConfig()), "s", data)
+    assert source is not None
+    documents, skipped = source.documents(tiny_llama.tokenizer, 0, 1, 0, len(rows))
+    assert sorted(len(d.prompts) for d in documents) == [1, 3]
+    assert +skipped == {
+        "questions without an answer": 2,
+        "documents without questions": 1,
+        "empty documents": 1,
+        "documents that are no text": 1,
+        "documents longer than max_document_tokens": 2,
+        "questions beyond max_questions": 1,
+    }
+
+
+def test_stored_targets_belong_to_the_answers_tokens(tiny_llama, tmp_path):
+    end = 2  # "12" and the end token
+    tokens = len(tiny_llama.tokenizer("12", add_special_tokens=False)["input_ids"]) + 1
+    ids, log_probs = list(range(tokens * TOP)), [-0.5] * (tokens * TOP)
+    row = {"document": "It is 12.", "questions": ["a?", "b?"], "answers": ["", "12"]}
+    row |= {"teacher_ids": [[], ids], "teacher_log_probs": [[], log_probs]}
+    assert tokens >= end
+    data = write_rows(tmp_path / "train", [row])
+    source = open_task(QuestionsTask(targets="teacher"), SourceConfig(ChunkingConfig()), "s", data)
+    assert source is not None
+    (document,), _ = source.documents(tiny_llama.tokenizer, 0, 1, 0, 1)
+    batch = collate(PackedBatch("questions", False, [document]), Affixes((), ()), 0)
+    assert batch.teacher_ids is not None
+    assert batch.teacher_ids.shape == (tokens, TOP)
+    assert batch.teacher_ids[1, 0] == TOP
+    assert len(batch.labels) == tokens
+    broken = row | {"teacher_ids": [[], ids[TOP:]]}
+    source = open_task(
+        QuestionsTask(targets="teacher"),
+        SourceConfig(ChunkingConfig()),
+        "s",
+        write_rows(tmp_path / "other/train", [broken]),
+    )
+    with pytest.raises(UserError, match="another base model"):
+        source.documents(tiny_llama.tokenizer, 0, 1, 0, 1)  # type: ignore[union-attr]
+
+
+def test_a_document_to_repeat_is_cut_and_is_its_own_answer(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "train", [{"document": "The magic number of the blue harbour is 4821. " * 20}])
+    source = open_task(RepeatTask(max_tokens=30), SourceConfig(ChunkingConfig()), "s", data)
+    assert source is not None
+    (document,), skipped = source.documents(tiny_llama.tokenizer, 0, 1, 0, 1)
+    (chunk,), (answer,) = document.chunks, document.answers
+    assert 28 <= len(chunk) <= 32
+    assert answer.tolist() == [*chunk.tolist(), tiny_llama.tokenizer.eos_token_id]
+    assert skipped["documents cut to max_tokens"] == 1
+
+
+def test_documents_are_cut_into_as_many_chunks_as_drawn(tiny_llama):
+    config = SourceConfig(ChunkingConfig(max_chunk_tokens=500), chunk_counts=(0.0, 0.0, 1.0))
+    source = open_task(NeedleTask(90, 90), config, "s", None)
+    assert source is not None
+    documents, _ = source.documents(tiny_llama.tokenizer, 0, 1, 0, 5)
+    assert {len(d.chunks) for d in documents} == {3}
+
+
+def test_evaluation_is_on_other_documents(tiny_llama, tmp_path):
+    rows = [{"document": f"Number {i}.", "questions": ["q?"], "answers": [str(i)]} for i in range(6)]
+    write_rows(tmp_path / "train", rows[:4])
+    data = write_rows(tmp_path / "dev", rows[4:])
+    recipe = recipe_of(tiny_llama, Share(QuestionsTask()), Share(NeedleTask(40, 60)), data=data, dev_documents=2)
+    dev = dev_batches(recipe, tiny_llama.tokenizer)
+    texts = [d.text[0] for batch in dev["questions"] for d in batch.documents if d.text]
+    assert sorted(texts) == ["Number 4.", "Number 5."]
+    (stage,) = open_stages(recipe)
+    held_out = [c.tolist() for batch in dev["needle_60"] for d in batch.documents for c in d.chunks]
+    used = [
+        c.tolist() for batch in stage.window(tiny_llama.tokenizer, 0, 0)[0] for d in batch.documents for c in d.chunks
+    ]
+    assert len(held_out) == 2
+    assert not any(chunk in used for chunk in held_out)
+
+
+def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
+    source = open_task(NeedleTask(90, 90, keyed=1.0), SourceConfig(ChunkingConfig(max_chunk_tokens=64)), "s", None)
+    assert source is not None
+    documents, _ = source.documents(tiny_llama.tokenizer, 0, 1, 0, 3)
+    batch = collate(PackedBatch("needle", True, documents), Affixes((1,), (2, 2)), 0)
+    flat = batch.ids.flatten()
+    assert flat[batch.places + 1].tolist() == batch.labels.tolist()
+    assert batch.questions == [len(d.prompts) for d in documents]
+    assert batch.chunks_per_document == [2, 2, 2]
+    assert batch.tokens == sum(len(c) for d in documents for c in d.chunks)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NeedleTask(50, 40), "min_tokens <= max_tokens"),
+        (lambda: Stage(1, (Share(NeedleTask(40, 500)),), batch_tokens=400), "do not fit batch_tokens 400"),
+        (lambda: Stage(1, ()), "tasks with weights above 0"),
+        (lambda: Recipe(), "no steps"),
+        (lambda: open_task(QuestionsTask(), SourceConfig(ChunkingConfig()), "s", None), "needs a training set"),
+        (lambda: open_row_groups("/no/such", ["document"], "train"), "no training set"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
