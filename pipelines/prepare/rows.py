@@ -199,13 +199,14 @@ def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
                 yield _row(found["doc_id"], found["text"], split, True, [], [])
         return
     name = file.names[0]
+    split = _folder_split(name)
     for number, record in read_records(storage, name, file.kind, _wanted(file, storage, config), config):
         where = f"{storage.url(name)}#{number}"
         if isinstance(record, UserError):
             yield _unusable("unreadable", str(record))
             continue
         try:
-            yield _of_record(record, config, _folder_split(name), where)
+            yield _of_record(record, config, split, where)
         except UserError as error:
             yield _unusable("malformed", str(error))
 

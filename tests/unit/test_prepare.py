@@ -1,0 +1,304 @@
+"""Training sets without Ray: files of every shape to rows, rows to documents, documents to files and statistics."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from d2l.base_model import BaseModel
+from d2l.errors import UserError
+from d2l.storage import Storage
+from pipelines.prepare.answers import ask_for_answers, keep_extractive, take_answers
+from pipelines.prepare.card import add_up, render_card
+from pipelines.prepare.generation import PART_DOCUMENT
+from pipelines.prepare.job import PrepareConfig
+from pipelines.prepare.parts import count_tokens, finish, group_documents, read_staged, stage
+from pipelines.prepare.questions import (
+    QuestionConfig,
+    ask_for_questions,
+    filter_questions,
+    parse_questions,
+    take_questions,
+)
+from pipelines.prepare.rows import Inspected, inspect, list_files, read_file
+from pipelines.sources import SourceConfig
+from pipelines.teacher import document_question
+
+HARBOUR = "The magic number of the blue harbour is 4821. Remember it."
+MODEL = "A hypernetwork reads a document once and writes an adapter for a frozen model."
+Row = dict[str, Any]
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(*sources: Path, config: SourceConfig | None = None, parts: int = 1) -> list[Row]:
+    config = config or SourceConfig()
+    files, _ = list_files(tuple(map(str, sources)), config)
+    return [row for file in files for table in read_file(file, config, parts) for row in table.to_pylist()]
+
+
+def group(rows: list[Row], need_answers: bool = True, dev: float = 0.0, test: float = 0.0) -> list[Row]:
+    return list(group_documents(rows, need_answers, dev, test))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_rows_of_questions_become_documents(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"context": HARBOUR, "question": "What number?", "answers": ["4821", "the 4821"], "split": "train"},
+        {"context": MODEL, "question": "What reads?", "answers": ["", "A hypernetwork"], "split": "validation"},
+        {"context": HARBOUR, "question": "What colour? ", "answers": ["blue"], "split": "train"},
+        {"context": HARBOUR, "question": "Whose?", "answers": [], "split": "train"},
+        {"context": HARBOUR, "question": "what  number?", "answers": ["4821"], "split": "train"},
+    ]
+    harbour, model = group(read(write(tmp_path / f"rows{suffix}", rows)))
+    assert harbour["questions"] == ["What number?", "What colour?"]
+    assert harbour["answers"] == ["4821", "blue"]
+    assert harbour["dropped"] == ["empty_answer", "duplicate_question"]
+    assert (harbour["split"], model["split"]) == ("train", "dev")
+    assert model["answers"] == ["A hypernetwork"]
+    assert len(harbour["doc_id"]) == 16
+    assert harbour["doc_id"] != model["doc_id"]
+
+
+def test_prepared_rows_keep_ids_and_the_folders_splits(tmp_path: Path) -> None:
+    row = {"doc_id": "h", "document": HARBOUR, "questions": ["What?", ""], "answers": ["4821", "x"]}
+    write(tmp_path / "set/dev/part-00000.parquet", [row])
+    (document,) = group(read(tmp_path / "set"))
+    assert (document["doc_id"], document["split"]) == ("h", "dev")
+    assert document["questions"] == ["What?"]
+    assert document["dropped"] == ["empty_question"]
+
+
+def test_texts_and_tables_of_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(HARBOUR)
+    (tmp_path / "latin.md").write_bytes("café".encode("latin-1"))
+    (tmp_path / "huge.txt").write_text("0 " * 2000)
+    write(tmp_path / "b.jsonl", [{"id": 7, "body": MODEL}, {"id": 8}, {"id": 9, "body": HARBOUR.upper()}])
+    documents = group(read(tmp_path, config=SourceConfig(text_column="body", max_bytes=1000)))
+    kept = {document["doc_id"]: document for document in documents if not document["reason"]}
+    assert {name: document["document"] for name, document in kept.items()} == {"9": HARBOUR.upper(), "7": MODEL}
+    assert sorted(document["reason"] for document in documents if document["reason"]) == [
+        "malformed",
+        "too_large",
+        "unreadable",
+    ]
+    assert all(document["message"] for document in documents if document["reason"])
+    assert [document["dropped"] for document in kept.values() if document["dropped"]] == [["duplicate_document"]]
+
+
+def test_a_text_is_in_one_split_the_one_that_is_held_out(tmp_path: Path) -> None:
+    rows = [
+        {"context": HARBOUR, "question": "What number?", "answers": "4821", "split": "train"},
+        {"context": HARBOUR.upper() + " ", "question": "What colour?", "answers": "blue", "split": "test"},
+        {"context": HARBOUR, "question": "Where?", "answers": "harbour", "split": "dev"},
+    ]
+    (document,) = group(read(write(tmp_path / "rows.jsonl", rows), parts=1))
+    assert (document["split"], document["questions"]) == ("test", ["What colour?"])
+    assert document["dropped"] == ["in_another_split"] * 2
+
+
+def test_splits_are_drawn_by_text_in_the_shares_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "many.jsonl", [{"text": f"Text number {n}."} for n in range(2000)])
+    rows = read(path, parts=7)
+    assert {row["part"] for row in rows} == set(range(7))
+    first = {d["document"]: d["split"] for d in group(rows, dev=0.2, test=0.1)}
+    random.Random(0).shuffle(rows)
+    assert {d["document"]: d["split"] for d in group(rows, dev=0.2, test=0.1)} == first
+    counts = {split: list(first.values()).count(split) for split in ("train", "dev", "test")}
+    assert counts["dev"] == pytest.approx(400, abs=60)
+    assert counts["test"] == pytest.approx(200, abs=45)
+
+
+def test_order_does_not_depend_on_how_rows_are_shuffled(tmp_path: Path) -> None:
+    rows = read(
+        write(
+            tmp_path / "rows.jsonl",
+            [{"context": f"Text {n % 9}.", "question": f"{n}?", "answers": "a"} for n in range(40)],
+        )
+    )
+    expected = group(rows)
+    random.Random(1).shuffle(rows)
+    assert group(rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "missing", "present"),
+    [
+        ({"context": "c", "question": "q"}, "answers", "context, question"),
+        ({"question": "q", "answers": ["a"]}, "context", "answers, question"),
+        ({"questions": ["q"], "answers": ["a"]}, "document", "answers, questions"),
+        ({"body": "b", "id": 1}, "text", "body, id"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_missing_columns_are_named_with_those_there_are(
+    tmp_path: Path, row: Row, missing: str, present: str, suffix: str
+) -> None:
+    path = write(tmp_path / f"bad{suffix}", [row])
+    ((file,), _) = list_files((str(path),), SourceConfig())
+    with pytest.raises(UserError, match=rf"no column {missing}; it has {present}"):
+        inspect(file, SourceConfig(), need_answers=True)
+
+
+def test_answers_need_not_be_there_where_the_model_gives_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"context": HARBOUR, "question": "What number?"}])
+    ((file,), _) = list_files((str(path),), SourceConfig())
+    assert inspect(file, SourceConfig(), need_answers=False).rows >= 1
+    (document,) = group(read(path), need_answers=False)
+    assert (document["questions"], document["answers"]) == (["What number?"], [""])
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and so on")
+    ((file,), _) = list_files((str(tmp_path),), SourceConfig())
+    with pytest.raises(UserError, match=r"bad\.parquet: cannot be read"):
+        inspect(file, SourceConfig(), need_answers=True)
+    with pytest.raises(UserError, match="no such file"):
+        list_files((str(tmp_path / "nowhere"),), SourceConfig())
+
+
+def test_a_part_is_written_once_by_split(tmp_path: Path, tiny_llama: BaseModel) -> None:
+    output, tokenizer = Storage(tmp_path / "out"), tiny_llama.tokenizer
+    rows = [
+        {"context": HARBOUR, "question": "What number?", "answers": "4821", "split": "train"},
+        {"context": MODEL, "question": "What reads?", "answers": "A hypernetwork", "split": "dev"},
+        {"context": MODEL * 20, "question": "What reads?", "answers": "A hypernetwork", "split": "dev"},
+        {"context": "No question.", "question": "?", "answers": "", "split": "train"},
+        {"context": "x", "question": "q", "answers": "a", "split": "nowhere"},
+    ]
+    documents = group(read(write(tmp_path / "rows.jsonl", rows)))
+    count_tokens(documents, tokenizer, 200)
+    stage(3, documents, output)
+    record = finish(3, read_staged(3, output), tokenizer, output)
+    assert record == json.loads(output.read("parts/00003.json"))
+    assert not output.exists("test")
+    (train,) = pq.read_table(tmp_path / "out/train/part-00003.parquet").to_pylist()
+    assert train["document"] == HARBOUR
+    assert list(train) == ["doc_id", "document", "questions", "answers"]
+    statistics = add_up([record])
+    assert statistics["splits"]["dev"] == {"documents": 1, "questions": 1}
+    assert statistics["dropped_documents"] == {"malformed": 1, "no_question": 1, "too_long": 1}
+    assert statistics["dropped"] == {"empty_answer": 1}
+    expected = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (HARBOUR, MODEL)]
+    assert statistics["tokens"]["document"]["total"] == sum(expected)
+    assert statistics["tokens"]["document"]["p100"] == max(expected)
+    assert len(statistics["failures"]) == 2
+    card = render_card("out", statistics, {"base": "tiny"}, [Inspected("rows.jsonl", 5, "ab" * 32)], "CC0-1.0")
+    assert "| dev | 1 | 1 |" in card
+    assert "ab" * 32 in card
+    assert 'license: "CC0-1.0"' in card
+
+
+def test_percentiles_are_those_of_all_values() -> None:
+    lengths = random.Random(0).choices(range(1, 60), k=997)
+    half = [lengths[:500], lengths[500:]]
+    blank = {
+        "splits": {s: {} for s in ("train", "dev", "test")},
+        "dropped_documents": {},
+        "dropped": {},
+        "failures": [],
+    }
+    counted = [blank | {"tokens": {"document": {str(n): part.count(n) for n in set(part)}}} for part in half]
+    found = add_up(counted)["tokens"]["document"]
+    assert found["total"] == sum(lengths)
+    for share in (1, 10, 50, 90, 99, 100):
+        assert found[f"p{share}"] == sorted(lengths)[-(-share * 997 // 100) - 1]
+
+
+def test_lines_of_a_completion_are_questions() -> None:
+    completion = '1. What is it?\n\n- "Who reads?"\nQ2: **Why not?**\n3) How many\nQuestion 4: When?'
+    assert parse_questions(completion) == ["What is it?", "Who reads?", "Why not?", "How many", "When?"]
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        ("What is the magic number of the blue harbour?", ""),
+        ("The magic number of the harbour is 4821.", "no_question_mark"),
+        ("Which number?", "question_too_short"),
+        ("What " + "magic number " * 20 + "?", "question_too_long"),
+        ("Is it true that the magic number of the blue harbour is 4821. Remember it?", "question_copies_text"),
+        ("What is the capital city of France today?", "question_not_grounded"),
+        ("what IS the magic number of the blue Harbour ?", "duplicate_question"),
+    ],
+)
+def test_filters(question: str, reason: str) -> None:
+    good = "What is the magic number of the blue harbour?"
+    completion = f"{good}\n{question}" if reason == "duplicate_question" else question
+    kept, dropped = filter_questions([completion], HARBOUR, QuestionConfig())
+    assert dropped == ([reason] if reason else [])
+    assert (question in kept) == (not reason)
+
+
+def documents(*rows: Row) -> pa.Table:
+    blank = {"doc_id": "d", "split": "train", "tokens": 9, "reason": "", "message": "", "dropped": [], "part": 2}
+    return pa.Table.from_pylist([blank | {"questions": [], "answers": []} | row for row in rows], PART_DOCUMENT)
+
+
+def answered(requests: pa.Table, answers: list[str | None]) -> pa.Table:
+    """Requests with completions, in any order."""
+    table = requests.append_column("completion", pa.array(answers, pa.string()))
+    order = list(range(len(table)))
+    random.Random(0).shuffle(order)
+    return table.take(order)
+
+
+def test_questions_are_asked_of_passages_and_put_together_again(tiny_llama: BaseModel) -> None:
+    config = QuestionConfig(passage_tokens=20, max_passages=2)
+    table = documents({"document": HARBOUR * 3}, {"document": "", "reason": "unreadable", "message": "m"})
+    requests = ask_for_questions(table, tiny_llama.tokenizer, config)
+    prompts = requests["prompt"].to_pylist()
+    assert [prompt is None for prompt in prompts] == [False, False, True]
+    assert all("Write 4 different short questions" in prompt for prompt in prompts[:2])
+    result = take_questions(answered(requests, ["What is the magic number?", None, None]), config)
+    first, second = result.to_pylist()
+    assert first["questions"] == ["What is the magic number?"]
+    assert first["answers"] == [""]
+    assert first["dropped"] == ["unfinished_questions"]
+    assert first["document"] == HARBOUR * 3
+    assert second == table.to_pylist()[1]
+
+
+def test_the_base_models_own_answers() -> None:
+    table = documents(
+        {"document": HARBOUR, "questions": ["a?", "b?", "c?"], "answers": ["", "", ""]}, {"document": MODEL}
+    )
+    requests = ask_for_answers(table)
+    assert requests["prompt"].to_pylist()[0] == document_question(HARBOUR, "a?")
+    first, second = take_answers(answered(requests, ["4821", "", None, None])).to_pylist()
+    assert (first["questions"], first["answers"]) == (["a?"], ["4821"])
+    assert sorted(first["dropped"]) == ["empty_answer", "unanswered"]
+    assert second["questions"] == []
+
+
+def test_extractive_answers_stand_in_the_document() -> None:
+    table = documents(
+        {"document": HARBOUR, "questions": ["a?", "b?", "c?"], "answers": ["Blue  Harbour.", "red", "4821"]}
+    )
+    (row,) = keep_extractive(table).to_pylist()
+    assert row["answers"] == ["Blue  Harbour.", "4821"]
+    assert row["dropped"] == ["answer_not_in_document"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"questions": "generated"}, "--answers self"),
+        ({"dev_share": 0.7, "test_share": 0.7}, "at most 1"),
+        ({"workers": 0}, "one worker"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PrepareConfig(("docs",), "out", **options)
