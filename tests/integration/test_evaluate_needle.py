@@ -31,6 +31,7 @@ def config(ray_cluster, tiny_llama, tmp_path_factory):
         ranks=(6, 16, 0),
         in_context=2,
         timed=1,
+        workers=2,
         output=folder / "report",
         tracking=TrackingConfig(f"sqlite:///{folder}/mlflow.db", "test"),
     )
