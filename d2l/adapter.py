@@ -68,13 +68,18 @@ class Adapter:
     scale: float
     """Applied as it is, whatever the rank."""
     paths: dict[str, tuple[str, ...]]
-    """Target module -> its path in the base model, layer by layer."""
+    """Target module -> its path in the base model, adapted layer by adapted layer; the same layers for all modules."""
     provenance: Provenance
 
     @property
     def rank(self) -> int:
         """Rows in all, bias included."""
         return rank_of(self.factors)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The base model's layers that it adapts, in order."""
+        return tuple(_layer(path) for path in next(iter(self.paths.values())))
 
     @property
     def nbytes(self) -> int:

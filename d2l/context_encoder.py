@@ -4,14 +4,14 @@ Three kinds, of which a generator needs one:
 
 - `early_exit`: the residual stream after the first layers, one tensor for all heads (Doc-to-LoRA, needle setting);
 - `per_layer`: the streams between all layers but the last, layer l's for layer l's adapter (Doc-to-LoRA, QA setting);
-- `activations`: the streams entering each adapted layer and the inputs of the target modules themselves.
+- `activations`: the streams entering the adapted layers, and the inputs of the target modules in them.
 
 In all of them the last stream has gone through the model's final norm. Only the layers needed are run, on the base
 model's own weights: a decoder with fewer layers shares them and costs no memory.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,8 +30,8 @@ class EncoderConfig:
 
     kind: Literal["early_exit", "per_layer", "activations"] = "early_exit"
     exit_layer: int | None = None
-    """How many layers to run. `early_exit`: a quarter of them by default. `activations`: all by default; the layers run
-    are those that get an adapter. Not for `per_layer`."""
+    """How many layers to run. `early_exit`: a quarter of them by default. `activations`: all by default. Not for
+    `per_layer`."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,32 @@ class Features:
     content: Tensor
     """[chunks, tokens] bool: the document's own tokens."""
     streams: tuple[Tensor, ...] = ()
-    """`per_layer`, `activations`: the stream entering each layer, [chunks, tokens, d] each."""
+    """`per_layer`, `activations`: the stream entering each (adapted) layer, [chunks, tokens, d] each."""
     inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """`activations`: per target module, its input in each layer, [chunks, tokens, d_in] each."""
+    """`activations`: per target module, its input in each adapted layer, [chunks, tokens, d_in] each."""
 
 
 class ContextEncoder:
     """Runs chunks through (part of) a base model and keeps the activations a hypernetwork needs."""
 
-    def __init__(self, base: BaseModel, config: EncoderConfig, target_modules: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        base: BaseModel,
+        config: EncoderConfig,
+        target_modules: Sequence[str] = (),
+        adapted_layers: Sequence[int] | None = None,
+    ):
+        """Set up.
+
+        Args:
+            base: its layers are run.
+            config: which activations.
+            target_modules: `activations`: the modules whose inputs are kept.
+            adapted_layers: `activations`: the layers in which they are; all that are run by default.
+
+        Raises:
+            UserError: layers that are not there or not run.
+        """
         total = len(base.layers)
         default = {"early_exit": max(1, total // 4), "per_layer": total - 1, "activations": total}[config.kind]
         self.depth = default if config.exit_layer is None else config.exit_layer
@@ -61,9 +78,15 @@ class ContextEncoder:
             raise UserError(f"exit_layer must be in 1..{total} for base model {base.name}, got {self.depth}")
         if config.kind == "per_layer" and self.depth != default:
             raise UserError(f"encoder per_layer runs {default} of {total} layers; exit_layer is not for it")
+        if adapted_layers is not None and config.kind != "activations":
+            raise UserError(f"encoder {config.kind} is for adapters in all layers; `layers` is only for activations")
+        adapted = list(range(self.depth) if adapted_layers is None else adapted_layers)
+        if not adapted or adapted != sorted(set(adapted)) or not 0 <= adapted[0] <= adapted[-1] < self.depth:
+            raise UserError(f"layers must rise within the {self.depth} that are run (from 0), got {adapted}")
         self.kind = config.kind
-        self.targets = {name: base.targets(name)[: self.depth] for name in target_modules}
         self.layers = base.layers[: self.depth]
+        self.read_layers = [self.layers[layer] for layer in adapted]
+        self.targets = {name: [base.targets(name)[layer] for layer in adapted] for name in target_modules}
         self.decoder = copy.copy(base.decoder)
         self.decoder._modules = dict(base.decoder._modules)
         name = next(name for name, child in base.decoder.named_children() if child is base.layers)
@@ -76,7 +99,7 @@ class ContextEncoder:
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.targets}
         with ExitStack() as stack:
             if self.kind != "early_exit":
-                stack.enter_context(_recording(self.layers, streams))
+                stack.enter_context(_recording(self.read_layers, streams))
             for name, modules in self.targets.items() if self.kind == "activations" else ():
                 stack.enter_context(_recording(modules, inputs[name]))
             final = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state

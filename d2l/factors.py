@@ -49,6 +49,18 @@ def stack(parts: Sequence[Factors]) -> Factors:
     return _join(padded, lambda tensors: torch.stack(tensors, 1))
 
 
+def spread_layers(factors: Factors, layers: Sequence[int], wanted: Sequence[int]) -> Factors:
+    """Factors of `layers` as factors of all `wanted` layers: zeros where there were none."""
+    if tuple(layers) == tuple(wanted):
+        return factors
+    places = torch.tensor([list(wanted).index(layer) for layer in layers])
+
+    def spread(t: Tensor) -> Tensor:
+        return t.new_zeros(len(wanted), *t.shape[1:]).index_copy(0, places.to(t.device), t)
+
+    return map_tensors(factors, spread)
+
+
 def _join(parts: Sequence[Factors], function: Callable[[list[Tensor]], Tensor]) -> Factors:
     return {
         name: LowRank(function([part[name].a for part in parts]), function([part[name].b for part in parts]))

@@ -7,6 +7,7 @@ digest of config and weights.
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from d2l import generators
 from d2l.base_model import BaseModel, Digests
-from d2l.chunking import ChunkBatch, ChunkingConfig
+from d2l.chunking import Affixes, ChunkBatch, ChunkingConfig, batch_chunks
 from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
@@ -37,7 +38,9 @@ class HypernetworkConfig:
     """Fields of that file's `Config`; defaults where absent."""
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig("activations"))
     target_modules: tuple[str, ...] = ("down_proj",)
-    """Linear modules that get an adapter in every layer the adapter covers."""
+    """Linear modules that get an adapter in every adapted layer."""
+    layers: tuple[int, ...] | None = None
+    """The adapted layers, from 0, for the encoder `activations`; by default all that it runs. Others adapt all."""
     rank: int = 8
     """Rank of one chunk's factors; `outer_product` ignores it, its rank being the tokens of the chunk."""
     bias_rank: int = 4
@@ -56,14 +59,18 @@ class Hypernetwork(nn.Module):
         self.base_name = base.name
         self.base_digests = base.digests
         self._fingerprint = ""
-        self._encoder = [ContextEncoder(base, config.encoder, config.target_modules)]  # a list hides it from nn.Module
+        self._encoder = [
+            ContextEncoder(base, config.encoder, config.target_modules, config.layers)
+        ]  # a list hides it from nn.Module
         module = generators.load(config.generator)
         if config.encoder.kind not in module.Generator.encoder_kinds:
             kinds = ", ".join(module.Generator.encoder_kinds)
             raise UserError(f"generator {config.generator} reads {kinds}, not {config.encoder.kind!r}")
         sizes = {name: base.targets(name)[0] for name in config.target_modules}
         self.modules_shapes = {name: (linear.in_features, linear.out_features) for name, linear in sizes.items()}
-        layers = self.encoder.depth if config.encoder.kind == "activations" else len(base.layers)
+        run = self.encoder.depth if config.encoder.kind == "activations" else len(base.layers)
+        self.layers = tuple(range(run)) if config.layers is None else config.layers
+        layers = len(self.layers)
         shapes = generators.Shapes(base.hidden_size, layers, self.modules_shapes)
         generator_config = from_dict(module.Config, config.generator_config, f"generator {config.generator}")
         self.generator = module.Generator(generator_config, shapes, config.encoder.kind, config.rank)
@@ -88,9 +95,16 @@ class Hypernetwork(nn.Module):
         """Encode chunks and generate their factors, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
         return self.generator(self.encoder(batch))
 
+    @torch.no_grad()
+    def calibrate(self, base: BaseModel, prompts: Sequence[Sequence[int]]) -> None:
+        """Before training from scratch: let the generator see token ids of prompts of the kind that will be asked."""
+        if hasattr(self.generator, "calibrate"):
+            batch = batch_chunks(prompts, Affixes((), ()), base.pad_id)
+            self.generator.calibrate(self.encoder(batch.to(base.device)))
+
     def fingerprint(self) -> str:
         """16 hex digits that name this hypernetwork: of the checkpoint it came from, or of its weights once trained."""
-        return self._fingerprint or _fingerprint(self.config, self.state_dict())
+        return self._fingerprint or _fingerprint(to_dict(self.config), self.state_dict())
 
     def train(self, mode: bool = True) -> "Hypernetwork":
         """As `nn.Module.train`; a hypernetwork that is trained is no longer the one that was loaded."""
@@ -113,7 +127,7 @@ class Hypernetwork(nn.Module):
         tensors = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in self.state_dict().items()}
         config = {
             "format_version": FORMAT_VERSION,
-            "fingerprint": _fingerprint(self.config, tensors),
+            "fingerprint": _fingerprint(to_dict(self.config), tensors),
             "base_model": self.base_name,
             "base_digests": to_dict(self.base_digests),
             "hypernetwork": to_dict(self.config),
@@ -145,7 +159,7 @@ class Hypernetwork(nn.Module):
         with torch.device("meta"):
             hypernetwork = cls(config, base)
         tensors = load_tensors(folder / "model.safetensors")
-        if (found := _fingerprint(config, tensors)) != values["fingerprint"]:
+        if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
         hypernetwork.load_state_dict(
             {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True
@@ -186,8 +200,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
-def _fingerprint(config: HypernetworkConfig, tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
+def _fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

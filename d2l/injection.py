@@ -3,7 +3,8 @@
     with inject(base, factors, Rows((0, 1, 1, None))):
         base.model.generate(...)
 
-`factors` hold A [layers, adapters, R, d_in] and B [layers, adapters, R, d_out] (see `factors.stack` for ragged ranks).
+`factors` hold A [layers, adapters, R, d_in] and B [layers, adapters, R, d_out] (see `factors.stack` for ragged ranks),
+of the first layers or of those that are named.
 The effect is added by forward hooks that live exactly as long as the context, exceptions included; contexts nest, and
 their updates add up. A and B are never copied per token or per row: runs of tokens that share an adapter are one
 matrix product, and equally long runs are one batched product.
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
-from d2l.factors import Factors, map_tensors, stack
+from d2l.factors import Factors, map_tensors, spread_layers, stack
 
 
 @dataclass(frozen=True)
@@ -64,26 +66,46 @@ class Segments:
 Placement = Rows | Segments
 
 
-def place_rows(base: BaseModel, adapters: Sequence[Adapter | None]) -> tuple[Factors, Rows]:
-    """The distinct adapters of a batch as one stack on the base model's device, scales included, and each row's place.
+class PlacedRows(NamedTuple):
+    """Adapters of a batch's rows, as `inject` takes them."""
+
+    factors: Factors
+    """Of the distinct adapters, scales included."""
+    rows: Rows
+    """Which of them each row has."""
+    layers: tuple[int, ...]
+    """The layers that any of them adapts."""
+
+
+def place_rows(base: BaseModel, adapters: Sequence[Adapter | None]) -> PlacedRows:
+    """The distinct adapters of a batch as one stack on the base model's device.
 
     No factors where no row has an adapter. The same object is one adapter.
     """
     distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
     order = {id(adapter): i for i, adapter in enumerate(distinct)}
     rows = Rows(tuple(order[id(adapter)] if adapter else None for adapter in adapters))
-    factors = stack([adapter.scaled_factors() for adapter in distinct]) if distinct else {}
-    return map_tensors(factors, lambda t: t.to(base.device, base.dtype)), rows
+    layers = tuple(sorted({layer for adapter in distinct for layer in adapter.layers}))
+    spread = [spread_layers(adapter.scaled_factors(), adapter.layers, layers) for adapter in distinct]
+    factors = stack(spread) if distinct else {}
+    return PlacedRows(map_tensors(factors, lambda t: t.to(base.device, base.dtype)), rows, layers)
 
 
 @contextmanager
-def inject(base: BaseModel, factors: Factors, placement: Placement, scale: float = 1.0) -> Iterator[None]:
+def inject(
+    base: BaseModel,
+    factors: Factors,
+    placement: Placement,
+    layers: Sequence[int] | None = None,
+    scale: float = 1.0,
+) -> Iterator[None]:
     """Add `scale * (x A^T) B` to the target modules' outputs while the context lasts.
 
     Args:
         base: its modules get the hooks.
-        factors: A [layers, adapters, R, d_in], B [layers, adapters, R, d_out]; they cover the first `layers` layers.
+        factors: A [layers, adapters, R, d_in], B [layers, adapters, R, d_out].
         placement: which adapter each token gets.
+        layers: the base model's layers that the factors are for, in order; by default as many as they have, from 0.
         scale: see `HypernetworkConfig.scale`.
 
     Raises:
@@ -94,7 +116,8 @@ def inject(base: BaseModel, factors: Factors, placement: Placement, scale: float
         raise UserError(f"{given} adapters are given, but the placement names number {unknown[0]}")
     with ExitStack() as stack:
         for name, (a, b) in factors.items():
-            modules = base.targets(name)[: len(a)]
+            targets = base.targets(name)
+            modules = [targets[layer] for layer in (range(len(a)) if layers is None else layers)]
             # Unbound once: indexing per layer would make autograd zero-fill the whole stack once per layer.
             for module, a_l, b_l in zip(modules, a.unbind(), b.unbind(), strict=True):
                 handle = module.register_forward_hook(_hook(a_l, b_l, placement, scale))

@@ -69,7 +69,10 @@ class Internalizer:
         self.config = config or InternalizeConfig()
         check_rank(self.config.max_rank, hypernetwork.config.bias_rank)
         self._affixes = Affixes.of(base.tokenizer)
-        self._paths = {name: base.target_paths(name) for name in hypernetwork.config.target_modules}
+        self._paths = {
+            name: tuple(base.target_paths(name)[layer] for layer in hypernetwork.layers)
+            for name in hypernetwork.config.target_modules
+        }
         self._fingerprint = hypernetwork.fingerprint()
         bias = hypernetwork.bias_factors()
         self._bias = map_tensors(bias, lambda t: t.detach().to(base.dtype)) if bias else None

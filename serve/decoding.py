@@ -27,13 +27,13 @@ class DecodingBatch:
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self._new_RT = torch.tensor(ids, device=base.device)
         self._mask_RT = torch.tensor(mask, device=base.device)
-        self._factors, self._rows = place_rows(base, adapters)
+        self._factors, self._rows, self._layers = place_rows(base, adapters)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Run the new tokens: logits [rows, vocabulary] of each row's next one, in fp32."""
         positions = (self._mask_RT.cumsum(1) - 1).clamp(min=0)[:, -self._new_RT.shape[1] :]
-        with inject(self._base, self._factors, self._rows):
+        with inject(self._base, self._factors, self._rows, self._layers):
             output = self._base.model(
                 input_ids=self._new_RT,
                 attention_mask=self._mask_RT,

@@ -200,26 +200,37 @@ def random_chunks(base: BaseModel, *lengths: int, seed: int = 0) -> ChunkBatch:
 
 
 def random_factors(
-    base: BaseModel, rank: int, seed: int = 0, modules: tuple[str, ...] = ("down_proj",), layers: int | None = None
+    base: BaseModel,
+    rank: int,
+    seed: int = 0,
+    modules: tuple[str, ...] = ("down_proj",),
+    layers: tuple[int, ...] | None = None,
 ) -> Factors:
     """Random A [layers, rank, d_in] and B [layers, rank, d_out], large enough to change every logit."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name in modules:
-        targets = base.targets(name)[:layers]
+        targets = [base.targets(name)[layer] for layer in layers or range(len(base.layers))]
         sizes = (targets[0].in_features, targets[0].out_features)
         factors[name] = LowRank(*(torch.randn(len(targets), rank, n, generator=generator) * 0.3 for n in sizes))
     return factors
 
 
 def random_adapter(
-    base: BaseModel, rank: int = 5, seed: int = 0, bias: Factors | None = None, hypernetwork: str = "f" * 16, **kw: Any
+    base: BaseModel,
+    rank: int = 5,
+    seed: int = 0,
+    bias: Factors | None = None,
+    hypernetwork: str = "f" * 16,
+    layers: tuple[int, ...] | None = None,
+    **kw: Any,
 ) -> Adapter:
     """An adapter of `rank` random document rows and the given bias block."""
-    rows = random_factors(base, rank, seed, **kw)
+    rows = random_factors(base, rank, seed, layers=layers, **kw)
     factors = concat_ranks([rows, bias]) if bias else rows
     origin = Provenance(f"{seed:064x}", 10 * (seed + 1), seed + 1, hypernetwork, base.name, base.digests)
-    paths = {name: base.target_paths(name)[: len(pair.a)] for name, pair in factors.items()}
+    adapted = layers or range(len(base.layers))
+    paths = {name: tuple(base.target_paths(name)[layer] for layer in adapted) for name in factors}
     return Adapter(factors, rank_of(bias or {}), 0.7, paths, origin)
 
 

@@ -8,6 +8,8 @@ A file `d2l/generators/NAME.py` defines a frozen dataclass `Config` (its sizes) 
         def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int): ...
         def forward(self, features: Features) -> Factors: ...
 
+        def calibrate(self, prompts: Features) -> None: ...   # optional; see `Hypernetwork.calibrate`
+
 whose factors are A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]. It must start as the identity (B zero),
 so that an untrained hypernetwork changes nothing.
 """
@@ -26,7 +28,7 @@ class Shapes:
 
     hidden_size: int
     layers: int
-    """How many layers the context encoder runs, hence how many streams it gives; adapted layers come first in it."""
+    """How many layers get an adapter."""
     modules: dict[str, tuple[int, int]]
     """Target module -> (d_in, d_out)."""
 

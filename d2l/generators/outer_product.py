@@ -2,13 +2,17 @@
 
 The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
 
-    key_t   = unit(c_t * diag + up(down(c_t))),      c_t = m's input at t minus its mean over the chunk
+    key_t   = unit((I - C^T C) (c_t * diag + up(down(c_t)))),      c_t = m's input at t minus its mean over the chunk
     value_t = W2 silu(W1 [h_t, h_t+1, final_t]) * sigmoid(gate [h_t, h_t+1, final_t]) / sqrt(tokens)
 
 where h is the residual stream entering the layer and each part is RMS-normalised; A = keys, B = values, so
 delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv 2102.11174; compare
 Generative Adapter, arXiv 2411.05877). W2 starts at zero, so an untrained generator changes nothing. The rank is the
 number of tokens; internalizing compresses it.
+
+C [common_rank, d_in] spans what m's inputs have in common where answers begin, at the last token of prompts. Questions
+differ there by a few hundredths of the inputs' length only, and keys have to answer to that difference: without C every
+key answers to every question alike, and which of several facts is meant is not learned. See `calibrate`.
 """
 
 from dataclasses import dataclass
@@ -27,10 +31,12 @@ from d2l.generators import Shapes
 class Config:
     """Sizes, per layer and target module."""
 
-    key_rank: int = 64
+    key_rank: int = 128
     """Rank of the learned part of the key projection."""
-    value_width: int = 192
+    value_width: int = 384
     """Hidden width of the value MLP."""
+    common_rank: int = 4
+    """Directions that prompts have in common and keys leave out."""
 
 
 class Generator(nn.Module):
@@ -48,6 +54,16 @@ class Generator(nn.Module):
             }
         )
 
+    @torch.no_grad()
+    def calibrate(self, prompts: Features) -> None:
+        """Find what prompts have in common: the main directions of the modules' inputs at last tokens, uncentred."""
+        last = (torch.arange(len(prompts.mask)), prompts.mask.sum(1).cpu() - 1)
+        for name, writers in self.writers.items():
+            assert isinstance(writers, nn.ModuleList)
+            for writer, x_NTi in zip(writers, prompts.inputs[name], strict=True):
+                directions = torch.linalg.svd(x_NTi[last].float(), full_matrices=False).Vh[: len(writer.common)]
+                writer.common.zero_()[: len(directions)] = directions
+
     def forward(self, features: Features) -> Factors:
         """Write every content token; the values of affixes and padding are zero."""
         weights_N1T = (features.content / features.content.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)
@@ -56,13 +72,12 @@ class Generator(nn.Module):
         padding_NT1 = ~features.mask.unsqueeze(-1)
         # Without padding, so that a last token that no suffix follows has the same successor in every batch: zeros.
         streams = [_unit_rms(h).masked_fill_(padding_NT1, 0) for h in features.streams]
-        contexts = [torch.cat([h, F.pad(h[:, 1:], (0, 0, 0, 1)), final], -1) for h in streams]
         factors = {}
         for name, writers in self.writers.items():
             assert isinstance(writers, nn.ModuleList)
             pairs = [
-                writer(x, context, weights_N1T)
-                for writer, x, context in zip(writers, features.inputs[name], contexts, strict=True)
+                writer(x, h, final, weights_N1T)
+                for writer, x, h in zip(writers, features.inputs[name], streams, strict=True)
             ]
             factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
         return factors
@@ -71,25 +86,32 @@ class Generator(nn.Module):
 class _Writer(nn.Module):
     """Keys and values of one target module in one layer."""
 
+    common: Tensor
+
     def __init__(self, config: Config, hidden_size: int, d_in: int, d_out: int):
         super().__init__()
+        self.register_buffer("common", torch.zeros(config.common_rank, d_in))
         self.key_diagonal = nn.Parameter(torch.ones(d_in))
         self.key_down = nn.Linear(d_in, config.key_rank, bias=False)
         self.key_up = nn.Linear(config.key_rank, d_in, bias=False)
-        self.value_in = nn.Linear(3 * hidden_size, config.value_width, bias=False)
+        # One column more than the MLP is wide: the gate.
+        self.stream_in = nn.Linear(hidden_size, 2 * (config.value_width + 1), bias=False)
+        self.final_in = nn.Linear(hidden_size, config.value_width + 1)
         self.value_out = nn.Linear(config.value_width, d_out, bias=False)
-        self.gate = nn.Linear(3 * hidden_size, 1)
+        nn.init.zeros_(self.final_in.bias)
         nn.init.zeros_(self.value_out.weight)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
 
-    def forward(self, x_NTi: Tensor, context_NTc: Tensor, weights_N1T: Tensor) -> LowRank:
+    def forward(self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, weights_N1T: Tensor) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi
         key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
+        common_Ci = self.common.to(x_NTi.dtype)
+        key_NTi = key_NTi - (key_NTi @ common_Ci.mT) @ common_Ci
         # The key's norm divides the value: a pass over the narrower of the two, and the same outer product.
         norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
-        scale_NT1 = torch.sigmoid(self.gate(context_NTc)) * weights_N1T.sqrt().mT / norm_NT1
-        value_NTo = self.value_out(F.silu(self.value_in(context_NTc)))
+        own, next_ = self.stream_in(h_NTd).chunk(2, -1)
+        hidden = self.final_in(final_NTd) + own + F.pad(next_[:, 1:], (0, 0, 0, 1))
+        scale_NT1 = torch.sigmoid(hidden[..., :1]) * weights_N1T.sqrt().mT / norm_NT1
+        value_NTo = self.value_out(F.silu(hidden[..., 1:]))
         return LowRank(key_NTi, value_NTo * scale_NT1.to(value_NTo.dtype))
 
 

@@ -148,7 +148,8 @@ def _resume(
         with fetched(config.init_from) as folder:
             hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
     else:
-        hypernetwork = Hypernetwork(recipe.hypernetwork, base)
+        hypernetwork = Hypernetwork(recipe.hypernetwork, base).to(base.device)
+        hypernetwork.calibrate(base, [prompt for stage in config.stages for prompt in stage.prompts(base.tokenizer)])
     hypernetwork.to(base.device).train()
     start = {"step": 0, "positions": {}, "skipped": {}, "best": None}
     return start, hypernetwork, new_optimizer(hypernetwork, recipe.optimizer)

@@ -6,6 +6,7 @@ A window has documents of each task, in proportion to the tasks' shares. Which o
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.base_model import resolve
@@ -15,6 +16,8 @@ from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceCo
 
 WINDOW_BATCHES = 8
 """Batches that a window has, about: the look-ahead that keeps padding low."""
+_SAMPLE = 32
+"""Documents of a task whose prompts stand for all."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class StageData:
         return any(
             isinstance(t, QuestionsTask) and t.targets != "answers" and t.teacher == "stream" for t in self.tasks
         )
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+        """Token ids of some prompts of each task."""
+        samples = [source.documents(tokenizer, 0, self.shards, 0, _SAMPLE)[0] for source in self.sources]
+        return [prompt for documents in samples for document in documents for prompt in document.prompts]
 
     def window(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int

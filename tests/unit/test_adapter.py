@@ -30,17 +30,17 @@ def update(*adapters: Adapter) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("modules", "layers"),
-    [(("down_proj",), None), (("down_proj", "k_proj"), None), (("up_proj", "q_proj"), 2)],
+    [(("down_proj",), None), (("down_proj", "k_proj"), None), (("up_proj", "q_proj"), (1, 3))],
 )
 @torch.no_grad()
 def test_adapted_logits_equal_pefts(
-    tiny_base: BaseModel, tmp_path: Path, modules: tuple[str, ...], layers: int | None
+    tiny_base: BaseModel, tmp_path: Path, modules: tuple[str, ...], layers: tuple[int, ...] | None
 ) -> None:
     bias = random_factors(tiny_base, 2, 7, modules, layers)
     adapter = random_adapter(tiny_base, 5, bias=bias, modules=modules, layers=layers)
     adapter.save(tmp_path)
     ids = torch.randint(3, tiny_base.model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    with inject(tiny_base, stack([adapter.factors]), Rows((0, 0)), adapter.scale):
+    with inject(tiny_base, stack([adapter.factors]), Rows((0, 0)), layers, adapter.scale):
         ours = tiny_base.model(ids).logits
     fresh = AutoModelForCausalLM.from_pretrained(tiny_base.name, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
@@ -49,6 +49,7 @@ def test_adapted_logits_equal_pefts(
     config = json.loads((tmp_path / COMMIT_MARK).read_text())
     assert config["base_model_name_or_path"] == tiny_base.name
     assert config["r"] == 7
+    assert tuple(config["layers_to_transform"]) == Adapter.load(tmp_path).layers == (layers or (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2l import generation
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
-from d2l.factors import Factors, LowRank, concat_ranks, map_tensors, stack
+from d2l.factors import Factors, LowRank, concat_ranks, map_tensors, spread_layers, stack
 from d2l.generation import SamplingConfig
 from d2l.injection import Placement, Rows, Segments, inject, place_rows
 from tests.conftest import random_adapter, random_factors
@@ -25,7 +25,7 @@ def random_ids(base: BaseModel, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, base.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def several(base: BaseModel, *ranks: int, layers: int | None = None) -> list[Factors]:
+def several(base: BaseModel, *ranks: int, layers: tuple[int, ...] | None = None) -> list[Factors]:
     return [random_factors(base, rank, seed, MODULES, layers) for seed, rank in enumerate(ranks)]
 
 
@@ -57,8 +57,8 @@ def assert_rows(base: BaseModel, ids: Tensor, parts: Sequence[Factors], adapters
             assert (alone - merged(base, ids[row], None)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("layers", [4, 2])
-def test_sixteen_adapters_in_a_batch_equal_each_row_alone(tiny_base: BaseModel, layers: int) -> None:
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (0, 1)])
+def test_sixteen_adapters_in_a_batch_equal_each_row_alone(tiny_base: BaseModel, layers: tuple[int, ...]) -> None:
     parts, ids = several(tiny_base, *[3] * 16, layers=layers), random_ids(tiny_base, 16, 7)
     assert_rows(tiny_base, ids, parts, range(16))
     together = logits(tiny_base, ids, stack(parts), Rows(tuple(range(16))))
@@ -179,17 +179,30 @@ def test_cached_decoding_equals_recomputing(tiny_base: BaseModel) -> None:
 
 def test_adapters_of_a_batch_are_placed_once_each_with_their_scales(tiny_llama: BaseModel) -> None:
     one, two = random_adapter(tiny_llama, 3), dataclasses.replace(random_adapter(tiny_llama, 5, seed=1), scale=2.0)
-    factors, rows = place_rows(tiny_llama, [one, None, two, one])
+    factors, rows, layers = place_rows(tiny_llama, [one, None, two, one])
     assert rows == Rows((0, None, 1, 0))
     assert factors["down_proj"].a.shape[1:3] == (2, 5)
     ids = random_ids(tiny_llama, 4, 6)
-    with torch.no_grad(), inject(tiny_llama, factors, rows):
+    with torch.no_grad(), inject(tiny_llama, factors, rows, layers):
         together = tiny_llama.model(ids).logits
     for row, adapter in enumerate((one, None, two, one)):
         alone = merged(tiny_llama, ids[row], adapter and adapter.factors, adapter.scale if adapter else 1.0)
         torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=0)
-    nothing, rows = place_rows(tiny_llama, [None, None])
+    nothing, rows, _ = place_rows(tiny_llama, [None, None])
     assert (nothing, rows) == ({}, Rows((None, None)))
+
+
+def test_adapters_of_different_layers_share_a_batch(tiny_llama: BaseModel) -> None:
+    adapters = [random_adapter(tiny_llama, 3, layers=(1, 3)), random_adapter(tiny_llama, 5, 1, layers=(0, 1))]
+    placed = place_rows(tiny_llama, adapters)
+    assert placed.layers == (0, 1, 3)
+    ids = random_ids(tiny_llama, 2, 6)
+    with torch.no_grad(), inject(tiny_llama, *placed):
+        together = tiny_llama.model(ids).logits
+    for row, adapter in enumerate(adapters):
+        everywhere = spread_layers(adapter.factors, adapter.layers, range(4))
+        alone = merged(tiny_llama, ids[row], everywhere, adapter.scale)
+        torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=0)
 
 
 def test_gradients_are_those_of_the_merged_weights(tiny_base: BaseModel) -> None:

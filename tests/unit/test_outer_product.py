@@ -20,6 +20,7 @@ def make(base: BaseModel, layers: int | None = None) -> Hypernetwork:
         for name, parameter in hypernetwork.generator.named_parameters():
             if name.endswith("key_diagonal"):
                 parameter.mul_(torch.linspace(0.5, 1.5, len(parameter)))
+    hypernetwork.calibrate(base, random_chunks(base, *range(5, 15), seed=5).ids.tolist())
     return hypernetwork
 
 
@@ -34,12 +35,15 @@ def naive(w: dict[str, Tensor], inputs: Tensor, stream: Tensor, final: Tensor, d
     for t in document:
         centred = inputs[t] - mean
         key = centred * w["key_diagonal"] + w["key_up.weight"] @ (w["key_down.weight"] @ centred)
+        for direction in w["common"]:  # orthonormal
+            key = key - (key @ direction) * direction
         key = key / key.square().sum().sqrt()
         following = unit_rms(stream[t + 1]) if t + 1 < len(stream) else torch.zeros_like(stream[t])
-        context = torch.cat([unit_rms(stream[t]), following, unit_rms(final[t])])
-        hidden = w["value_in.weight"] @ context
+        own, next_ = w["stream_in.weight"].chunk(2)
+        hidden = own @ unit_rms(stream[t]) + next_ @ following
+        hidden = hidden + w["final_in.weight"] @ unit_rms(final[t]) + w["final_in.bias"]
+        gate, hidden = hidden[0].sigmoid(), hidden[1:]
         value = w["value_out.weight"] @ (hidden * hidden.sigmoid())
-        gate = (w["gate.weight"] @ context + w["gate.bias"]).sigmoid()
         update += torch.outer(value * gate / len(document) ** 0.5, key)
     return update
 
@@ -68,6 +72,21 @@ def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: i
                 expected = naive(weights, *(t[chunk][real] for t in seen), document)
                 torch.testing.assert_close(updates[name][layer, chunk].float(), expected, atol=1e-5, rtol=1e-4)
                 assert expected.abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_keys_answer_to_nothing_that_prompts_have_in_common(tiny_base: BaseModel) -> None:
+    hypernetwork = tiny_hypernetwork(tiny_base, target_modules=MODULES, layers=(1, 3))
+    prompts = [[*ids, 5] for ids in random_chunks(tiny_base, 6, 6, 6, 6, 6, 6).ids.tolist()]
+    hypernetwork.calibrate(tiny_base, prompts)
+    keys = hypernetwork(random_chunks(tiny_base, 9, 5, seed=1))
+    last = hypernetwork.encoder(batch_chunks(prompts, Affixes((), ()), tiny_base.pad_id)).inputs
+    for name in MODULES:
+        for layer, x in enumerate(last[name]):
+            inputs = x[:, -1]
+            common = torch.linalg.svd(inputs, full_matrices=False).Vh[:4]
+            assert (keys[name].a[layer] @ common.mT).abs().max() < 1e-4 * keys[name].a[layer].abs().max()
+            assert (keys[name].a[layer] @ inputs.mT).abs().max() > 1e-4
 
 
 def test_affixes_and_padding_write_nothing(tiny_base: BaseModel) -> None:

@@ -120,7 +120,7 @@ def test_combined_factors(golden: Golden, case: str) -> None:
 def test_logits(golden: Golden, case: str) -> None:
     count = len(golden.chunks(case))
     query = golden.io["query_ids"].expand(count, -1)
-    with inject(golden.base, golden.combined(case), Rows(tuple(range(count))), golden.hypernetwork.config.scale):
+    with inject(golden.base, golden.combined(case), Rows(tuple(range(count))), scale=golden.hypernetwork.config.scale):
         logits = golden.base.model(query).logits
     assert_near(logits, golden.io[f"{case}.logits"], LOGITS_TOLERANCE)
     assert_near(golden.base.model(query[:1]).logits, golden.io["base.logits"], LOGITS_TOLERANCE)
@@ -134,8 +134,8 @@ def test_logits_with_the_bias_as_a_second_injection(golden: Golden) -> None:
     assert bias is not None
     factors = combine_chunks(golden.hypernetwork(golden.batch("iv")), golden.chunks("iv"))
     with (
-        inject(golden.base, factors, Rows((0, 1)), scale),
-        inject(golden.base, stack([bias]), Rows((0, 0)), scale),
+        inject(golden.base, factors, Rows((0, 1)), scale=scale),
+        inject(golden.base, stack([bias]), Rows((0, 0)), scale=scale),
     ):
         logits = golden.base.model(golden.io["query_ids"].expand(2, -1)).logits
     assert_near(logits, golden.io["iv.logits"], LOGITS_TOLERANCE)
