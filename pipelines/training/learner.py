@@ -72,10 +72,11 @@ class MetaLearner(nn.Module):
 
         @contextmanager
         def adapted() -> Iterator[None]:
+            # On CPUs, the backward pass of the flash kernel is slow for many short rows.
             attention = sdpa_kernel(SDPBackend.MATH) if base.device.type == "cpu" else nullcontext()
-            with inject(base, factors, documents, layers, scale), inject(base, bias, everywhere, layers, scale):
-                with attention:  # on CPUs, the backward pass of the flash kernel is slow for many short rows
-                    yield
+            own, shared = inject(base, factors, documents, layers, scale), inject(base, bias, everywhere, layers, scale)
+            with attention, own, shared:
+                yield
 
         return chunk_factors, adapted
 
