@@ -61,6 +61,7 @@ class Generator(nn.Module):
         for name, writers in self.writers.items():
             assert isinstance(writers, nn.ModuleList)
             for writer, x_NTi in zip(writers, prompts.inputs[name], strict=True):
+                assert isinstance(writer, _Writer)
                 directions = torch.linalg.svd(x_NTi[last].float(), full_matrices=False).Vh[: len(writer.common)]
                 writer.common.zero_()[: len(directions)] = directions
 
