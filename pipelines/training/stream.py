@@ -10,10 +10,11 @@ import pickle
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, ExecutionResources
 from transformers import AutoTokenizer
@@ -27,11 +28,11 @@ from pipelines.training.batches import PackedBatch, TrainingBatch, collate
 from pipelines.training.stages import StageData
 
 _STRETCH = 512
-"""Windows of one dataset; another one follows it."""
+"""Windows of one dataset; another one follows it. A loader that fails makes those of its dataset again."""
 _EMPTY_WINDOWS = 50
 """Windows in a row without a document that can be used, after which training gives up."""
-_STORE_BYTES = 256 << 20
-"""Of batches that wait in the object store, for each worker, about."""
+_AHEAD_BYTES = 4 << 20
+"""Of windows made ahead, for each loader, about."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class StepStream:
                 continue
 
     def _stage_steps(self, stage: StageData, positions: dict[int, Position], steps: int) -> Iterator[StepData]:
-        rows = self._rows(stage, positions)
+        rows = self._rows(stage, positions, steps)
         waiting: dict[int, deque[tuple[PackedBatch, Position]]] = {shard: deque() for shard in self._shards}
         empty: Counter[int] = Counter()
         for _ in range(steps):
@@ -160,53 +161,55 @@ class StepStream:
         rows.close()
 
     def _rows(
-        self, stage: StageData, positions: dict[int, Position]
+        self, stage: StageData, positions: dict[int, Position], most: int
     ) -> Generator[tuple[int, int, list[PackedBatch], Counter[str]]]:
-        """Windows of the shards from their positions on, without an end: window by window, shard by shard."""
+        """Windows of the shards from their positions on, without an end: window by window, shard by shard.
+
+        Not many more than `most` for each shard are made.
+        """
         first = min(position.window for position in positions.values())
         while True:
-            numbers = [
-                {"shard": shard, "window": window}
-                for window in range(first, first + _STRETCH)
-                for shard in self._shards
-                if window >= positions[shard].window
-            ]
-            rows = _dataset(stage, self._config, numbers).iter_rows()
-            for row in rows:
-                yield row["shard"], row["window"], *pickle.loads(row["batches"])
-            first += _STRETCH
+            stretch = range(first, first + min(most, _STRETCH))
+            places = [(shard, n) for n in stretch for shard in self._shards if n >= positions[shard].window]
+            # Every loader makes the next window in turn, and waits when its own are not taken.
+            loaders = [places[i :: self._config.loaders] for i in range(self._config.loaders)]
+            tables = [iter(_dataset(stage, self._config, own)) for own in loaders]
+            for i, (shard, window) in enumerate(places):
+                yield shard, window, *pickle.loads(next(tables[i % self._config.loaders])["batches"][0].as_py())
+            first = stretch.stop
 
 
-def _dataset(stage: StageData, config: DataConfig, numbers: list[dict[str, int]]) -> ray.data.Dataset:
-    """Rows of `shard`, `window` and pickled `batches` (list[PackedBatch], Counter), in the order of `numbers`."""
-    windows = ray.data.range(len(numbers), override_num_blocks=len(numbers)).map(
-        _Windows, fn_constructor_args=(stage, numbers), compute=ActorPoolStrategy(size=config.loaders), num_cpus=1
+def _dataset(stage: StageData, config: DataConfig, places: list[tuple[int, int]]) -> Iterable[pa.Table]:
+    """Tables of one row, `batches` (pickled list[PackedBatch], Counter): one to each (shard, window) of `places`."""
+    windows = ray.data.range(1).map_batches(
+        _make_windows, fn_kwargs={"stage": stage, "places": places}, batch_size=None, num_cpus=1
     )
     if stage.streams_teacher:
-        windows = windows.map(
+        windows = windows.map_batches(
             _AddTargets,
             fn_constructor_args=(stage.base, config.teachers),
+            batch_format="pyarrow",
+            batch_size=None,
             compute=ActorPoolStrategy(size=config.teachers),
             num_cpus=1,
             num_gpus=config.gpus_per_teacher,
         )
+    windows.context.target_max_block_size = 1  # a block for each window, as soon as it is made
     options = windows.context.execution_options
     options.preserve_order = True
-    options.resource_limits = ExecutionResources.for_limits(object_store_memory=_STORE_BYTES)
-    return windows
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=_AHEAD_BYTES)
+    return windows.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-class _Windows:
-    """Makes windows, in a process that keeps the tokenizer, the prose, and the row group it read last."""
+def _make_windows(batch: dict[str, np.ndarray], stage: StageData, places: list[tuple[int, int]]) -> Iterator[pa.Table]:
+    """Windows one by one, each when the one before has been taken: a task that goes on as long as its dataset."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve(stage.base))
+    for shard, number in places:
+        yield _packed(*stage.window(tokenizer, shard, number))
 
-    def __init__(self, stage: StageData, numbers: list[dict[str, int]]):
-        self.stage, self.numbers = stage, numbers
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(stage.base))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        place = self.numbers[row["id"]]
-        window = self.stage.window(self.tokenizer, place["shard"], place["window"])
-        return place | {"batches": pickle.dumps(window)}
+def _packed(batches: list[PackedBatch], skipped: Counter[str]) -> pa.Table:
+    return pa.table({"batches": pa.array([pickle.dumps((batches, skipped))], pa.binary())})
 
 
 class _AddTargets:
@@ -215,8 +218,8 @@ class _AddTargets:
     def __init__(self, base: str, processes: int):
         self.teacher = Teacher(base, processes=processes)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        batches, skipped = pickle.loads(row["batches"])
+    def __call__(self, table: pa.Table) -> pa.Table:
+        batches, skipped = pickle.loads(table["batches"][0].as_py())
         learned = []
         for batch in batches:
             texts = [document.text for document in batch.documents]
@@ -229,4 +232,4 @@ class _AddTargets:
             skipped["documents longer than the teacher's window"] += len(texts) - len(documents)
             if documents:
                 learned.append(replace(batch, documents=documents))
-        return row | {"batches": pickle.dumps((learned, skipped))}
+        return _packed(learned, skipped)
