@@ -135,6 +135,11 @@ def _settings(results: Iterable[Score]) -> list[list[Score]]:
     return [list(group) for _, group in groupby(results, title)]
 
 
+def _stored_rank(group: Sequence[Score]) -> int | None:
+    """The rank that documents were internalized to: it is asked first."""
+    return next(score.rank for score in group if score.condition == "adapter")
+
+
 def _label(score: Score) -> str:
     if score.condition != "adapter":
         return _NAMES[score.condition]
@@ -189,7 +194,7 @@ def _heatmap(cells: Sequence[Score], path: Path) -> None:
     """A panel for each setting, the stored adapter above the document in the prompt."""
     from matplotlib import pyplot as plt
 
-    stored = {title(group[0]): next(s.rank for s in group if s.condition == "adapter") for group in _settings(cells)}
+    stored = {title(group[0]): _stored_rank(group) for group in _settings(cells)}
     panels = [
         (f"{_label(chosen[0])}\n{title(chosen[0])}", chosen)
         for condition in ("adapter", "in_context")
@@ -232,8 +237,7 @@ def _lengths(results: Sequence[Score], path: Path) -> None:
     figure, axes = plt.subplots(len(groups), 3, figsize=size, squeeze=False, layout="constrained")
     for (quality, seconds, kept), group in zip(axes, groups, strict=True):
         lines = [list(line) for _, line in groupby(sorted(group, key=_order), _label)]
-        stored = next(line for line in lines if line[0].condition == "adapter")
-        beside = [line for line in lines if line is stored or line[0].condition == "in_context"]
+        beside = [line for line in lines if line[0].condition == "in_context" or line[0].rank == _stored_rank(group)]
         for line in lines:
             _plot_quality(quality, line, line in beside)
         for line in beside:
@@ -252,7 +256,9 @@ def _lengths(results: Sequence[Score], path: Path) -> None:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         for axis in (seconds, kept):
+            low, high = axis.get_ylim()
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     titles = ("Numbers found, with 95% intervals", "Time, one document alone", "Adapter, or KV cache of the prompt")
     for column, name in zip(axes.T, titles, strict=True):
         column[0].set_title(name, fontsize=10)

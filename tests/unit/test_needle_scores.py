@@ -129,6 +129,18 @@ def test_evaluations_join_into_one_table_and_plots(tmp_path, capsys, monkeypatch
         assert len({tuple(color) for color in pixels.reshape(-1, pixels.shape[-1])[::97].tolist()}) > 20
 
 
+def test_plots_compare_the_stored_adapter_with_the_prompt(tmp_path, monkeypatch) -> None:
+    shown = []
+    monkeypatch.setattr(
+        report, "_plot_quality", lambda axis, line, beside: shown.append((report._label(line[0]), beside))
+    )
+    uncompressed = Answers("adapter", ("0421",), 0, 5000)
+    trials = [dataclasses.replace(t, asked=(*t.asked, uncompressed)) for t in (trial(256), trial(512))]
+    report.write(tmp_path, trials, {"hypernetwork": "abcd", "base": "base", "mlflow_runs": []})
+    assert {name for name, beside in shown if beside} == {"adapter, rank 128", "document in the prompt"}
+    assert {name for name, beside in shown if not beside} >= {"adapter, rank 64", "adapter, uncompressed"}
+
+
 def test_evaluations_that_do_not_belong_together_are_refused(tmp_path) -> None:
     first = evaluation(tmp_path / "first", [trial()])
     again = evaluation(tmp_path / "again", [trial()])
