@@ -8,7 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,22 @@ class Hypernetwork(nn.Module):
         return self.generator(self.encoder(batch))
 
     @torch.no_grad()
-    def calibrate(self, base: BaseModel, prompts: Sequence[Sequence[int]]) -> None:
-        """Before training from scratch: let the generator see token ids of prompts of the kind that will be asked."""
-        if hasattr(self.generator, "calibrate"):
-            batch = batch_chunks(prompts, Affixes((), ()), base.pad_id)
-            self.generator.calibrate(self.encoder(batch.to(base.device)))
+    def calibrate(self, base: BaseModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+        """Before training from scratch: let the generator see where the tokens of answers will be sought.
+
+        Args:
+            base: the base model.
+            prompts: token ids of conversations of the kind that will be asked.
+            answers: token ids of their answers.
+        """
+        if not hasattr(self.generator, "calibrate"):
+            return
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        batch = batch_chunks(rows, Affixes((), ()), base.pad_id)
+        seeking = torch.zeros_like(batch.mask)
+        for row, prompt in enumerate(prompts):
+            seeking[row, len(prompt) - 1 : len(rows[row]) - 1] = True
+        self.generator.calibrate(self.encoder(replace(batch, content=seeking).to(base.device)))
 
     def fingerprint(self) -> str:
         """16 hex digits that name this hypernetwork: of the checkpoint it came from, or of its weights once trained."""

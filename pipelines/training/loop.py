@@ -149,7 +149,8 @@ def _resume(
             hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
     else:
         hypernetwork = Hypernetwork(recipe.hypernetwork, base).to(base.device)
-        hypernetwork.calibrate(base, [prompt for stage in config.stages for prompt in stage.prompts(base.tokenizer)])
+        examples = [example for stage in config.stages for example in stage.examples(base.tokenizer)]
+        hypernetwork.calibrate(base, *zip(*examples, strict=True))
     hypernetwork.to(base.device).train()
     start = {"step": 0, "positions": {}, "skipped": {}, "best": None}
     return start, hypernetwork, new_optimizer(hypernetwork, recipe.optimizer)

@@ -17,7 +17,7 @@ from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceCo
 WINDOW_BATCHES = 8
 """Batches that a window has, about: the look-ahead that keeps padding low."""
 _SAMPLE = 32
-"""Documents of a task whose prompts stand for all."""
+"""Documents of a task whose questions stand for all."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class StageData:
             isinstance(t, QuestionsTask) and t.targets != "answers" and t.teacher == "stream" for t in self.tasks
         )
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-        """Token ids of some prompts of each task."""
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids of prompt and answer, of some documents of each task."""
         samples = [source.documents(tokenizer, 0, self.shards, 0, _SAMPLE)[0] for source in self.sources]
-        return [prompt for documents in samples for document in documents for prompt in document.prompts]
+        return [pair for documents in samples for d in documents for pair in zip(d.prompts, d.answers, strict=True)]
 
     def window(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int
