@@ -91,7 +91,7 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
         "document_tokens_per_step": [s.batch_tokens * recipe.batches_per_step for s in recipe.stages],
         "document_tokens": sum(s.steps * s.batch_tokens for s in recipe.stages) * recipe.batches_per_step,
         "tflop_per_batch": flops / 1e12,
-        "memory_gb_per_device": {name: round(size / 1e9, 3) for name, size in memory.items()},
+        "memory_gb_per_device": {name: size / 1e9 for name, size in memory.items()},
         "devices": devices,
         "assumed_tflops_per_device": rate,
         "estimated_hours": operations / (rate * 1e12) / devices / 3600,

@@ -162,8 +162,8 @@ def test_a_mixture_with_a_streamed_teacher_learns_from_s3_into_s3(run, s3_bucket
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run_in_the_end(run, tmp_path):
     broken = dataclasses.replace(run.recipe.hypernetwork, scale=1e38)
     stages = (dataclasses.replace(run.recipe.stages[0], steps=20),)
+    recipe = dataclasses.replace(run.recipe, hypernetwork=broken, stages=stages)
     with pytest.raises(UserError, match="10 steps in a row without a finite gradient"):
-        recipe = dataclasses.replace(run.recipe, hypernetwork=broken, stages=stages)
         train(dataclasses.replace(run, recipe=recipe, output=str(tmp_path / "broken")))
 
 
@@ -178,8 +178,8 @@ def test_mistakes_are_named(run, tmp_path):
         train(dataclasses.replace(run, init_from="nowhere"))
     with pytest.raises(UserError, match="3 workers cannot share the 2 batches"):
         train(dataclasses.replace(run, workers=3))
+    nowhere = TrackingConfig("http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 does not work"):
-        nowhere = TrackingConfig("http://127.0.0.1:9")
         train(dataclasses.replace(run, output=str(tmp_path / "run"), tracking=nowhere))
     (tmp_path / "train").mkdir()
     pq.write_table(pa.table({"document": ["a"], "answer": ["b"]}), tmp_path / "train/0.parquet")
