@@ -74,6 +74,9 @@ COMMANDS = {
     "bench generate": _Command(
         "pipelines.bench.generate:bench_generate", "BenchGenerateConfig", "what adapters cost while decoding"
     ),
+    "bench train": _Command(
+        "pipelines.bench.train:bench_train", "BenchTrainConfig", "what encoding once saves, and what Ray costs a step"
+    ),
     "demo": _Command("pipelines.demo:demo", "DemoConfig", "documents in, a served endpoint, answers out"),
 }
 

@@ -34,7 +34,7 @@ from pipelines.training.stream import DataConfig
 
 _RUN_FILE = "run.json"
 _HYPERNETWORK = "hypernetwork"
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     # By default glibc gives activations of tens of megabytes back to the system and faults them in again every step;
     # much larger ones it should give back, or fragments pile up.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
@@ -45,6 +45,7 @@ _WORKER_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+"""Environment variables of training workers."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> dict[str, f
             storage_filesystem=storage.arrow_filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
     metrics = trainer.fit().metrics or {}

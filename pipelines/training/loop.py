@@ -85,7 +85,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> None:
     scribe = _Scribe(config, base, learner, affixes, folders) if rank == 0 else None
     flops = _Flops()
     skipped: Counter[str] = Counter(state["skipped"])
-    bad_in_row, logged = 0, {}
+    bad_in_row, logged = 0, state["metrics"]
     steps = iter(stream)
     for step in range(state["step"], recipe.steps):
         began = time.perf_counter()
@@ -94,14 +94,14 @@ def train_worker(arguments: dict[str, LoopConfig]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, recipe.steps, recipe.optimizer)
         with flops.measured(recipe.stage_of(step), data):
-            metrics = _accumulate(parallel, data, device, len(shards))
+            metrics = accumulate(parallel, data, device, len(shards))
         norm = nn.utils.clip_grad_norm_(hypernetwork.parameters(), recipe.optimizer.clip).item()
         if finite := math.isfinite(norm):
             optimizer.step()
         bad_in_row = 0 if finite else bad_in_row + 1
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
-        logged = _averaged(metrics, data, device) | {
+        logged = averaged(metrics, data) | {
             "gradient_norm": norm,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "seconds": seconds,
@@ -117,7 +117,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> None:
         if bad_in_row == _BAD_STEPS:
             # Not raised: a worker that fails is replaced, and would come to the same end.
             reason = f"{_BAD_STEPS} steps in a row without a finite gradient, the last at step {step + 1}"
-            ray.train.report({"stopped": f"training diverged: {reason}; lower the learning rate"})
+            logged = {"stopped": f"training diverged: {reason}; lower the learning rate"}
             break
         last = step + 1 == recipe.steps
         evaluates = bool(config.evaluate_every) and ((step + 1) % config.evaluate_every == 0 or last)
@@ -126,11 +126,10 @@ def train_worker(arguments: dict[str, LoopConfig]) -> None:
             state["positions"] = _all_positions(positions)
         if scribe:
             scribe.write(state, optimizer, logged, evaluates, saves)
-    else:
-        if scribe:
-            scribe.close()
-        ray.train.report(logged)
     stream.close()
+    if scribe:
+        scribe.close()
+    ray.train.report(logged)
 
 
 def _resume(
@@ -152,7 +151,7 @@ def _resume(
         examples = [example for stage in config.stages for example in stage.examples(base.tokenizer)]
         hypernetwork.calibrate(base, *zip(*examples, strict=True))
     hypernetwork.to(base.device).train()
-    start = {"step": 0, "positions": {}, "skipped": {}, "best": None}
+    start = {"step": 0, "positions": {}, "skipped": {}, "best": None, "metrics": {}}
     return start, hypernetwork, new_optimizer(hypernetwork, recipe.optimizer)
 
 
@@ -164,7 +163,7 @@ def new_optimizer(hypernetwork: Hypernetwork, config: OptimizerConfig) -> torch.
     )
 
 
-def _accumulate(parallel: nn.Module, data: StepData, device: torch.device, shards: int) -> dict[str, list[Tensor]]:
+def accumulate(parallel: nn.Module, data: StepData, device: torch.device, shards: int) -> dict[str, list[Tensor]]:
     """Gradients of the mean loss over the worker's shards, averaged over workers with the last of them."""
     metrics: dict[str, list[Tensor]] = {}
     for i, batch in enumerate(data.batches):
@@ -179,7 +178,7 @@ def _accumulate(parallel: nn.Module, data: StepData, device: torch.device, shard
     return metrics
 
 
-def _averaged(metrics: dict[str, list[Tensor]], data: StepData, device: torch.device) -> dict[str, float]:
+def averaged(metrics: dict[str, list[Tensor]], data: StepData) -> dict[str, float]:
     """Means over the batches of all workers; sums of `tokens` and of what was skipped; `padding` as a share."""
     sums = {name: (torch.stack(values).sum().item(), len(values)) for name, values in metrics.items()}
     totals: dict[str, float] = {f"{_SKIPPED}{reason}": count for reason, count in data.skipped.items() if count}
@@ -273,6 +272,7 @@ class _Scribe:
         self._tracker.log(step, logged)
         self._config.board.show.remote(step, logged)
         if saves:
+            state["metrics"] = logged
             self._best.wait()  # a checkpoint never knows of a best that is not there
             with self._folders.writing(step, state) as folder:
                 save_learning(folder, hypernetwork, optimizer)

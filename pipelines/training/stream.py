@@ -229,7 +229,7 @@ class _AddTargets:
             targets = self.teacher.targets([self.teacher.examples(*text) for text in texts])
             pairs = zip(batch.documents, targets, strict=True)
             documents = [replace(document, targets=t, text=None) for document, t in pairs if t is not None]
-            skipped["documents longer than the teacher's window"] += len(texts) - len(documents)
+            skipped["documents beyond the window of the teacher"] += len(texts) - len(documents)
             if documents:
                 learned.append(replace(batch, documents=documents))
         return _packed(learned, skipped)

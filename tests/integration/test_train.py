@@ -40,7 +40,8 @@ def run(ray_cluster, tiny_llama, tmp_path_factory):
             Stage(4, (Share(NeedleTask(150, 160, keyed=1.0)),), batch_tokens=320),
         ),
         batches_per_step=2,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        # Low, for Adam makes whole steps of gradients that are but rounding, and that depends on the threads.
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2),
         dev_documents=4,
     )
     folder = tmp_path_factory.mktemp("train")
@@ -54,9 +55,9 @@ def report(run):
     return train(dataclasses.replace(run, register="tiny", device_tflops=0.1))
 
 
-def losses(run, report):
-    """The loss of each step; where a run was killed, of the record that counts."""
-    history = MlflowClient(run.tracking.uri).get_metric_history(report["mlflow_run"], "loss")
+def measured(run, report, metric="loss"):
+    """A metric of each step; where a run was killed, of the record that counts."""
+    history = MlflowClient(run.tracking.uri).get_metric_history(report["mlflow_run"], metric)
     return dict(sorted({m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}.items()))
 
 
@@ -71,7 +72,7 @@ def test_a_run_leaves_weights_curves_and_a_record(run, report, tiny_llama):
     assert any(t.abs().max() > 0 for name, t in trained.state_dict().items() if name.endswith("value_out.weight"))
     assert (Path(run.output) / "curves.png").stat().st_size > 1000
     client = MlflowClient(run.tracking.uri)
-    assert list(losses(run, report)) == list(range(1, 9))
+    assert list(measured(run, report)) == list(range(1, 9))
     record = client.get_run(report["mlflow_run"])
     assert record.info.status == "FINISHED"
     assert record.data.params["recipe.base"] == tiny_llama.name
@@ -85,7 +86,9 @@ def test_a_run_leaves_weights_curves_and_a_record(run, report, tiny_llama):
 
 def test_two_workers_take_the_steps_of_one(run, report, tmp_path):
     two = train(dataclasses.replace(run, workers=2, output=str(tmp_path / "two")))
-    assert losses(run, two) == pytest.approx(losses(run, report), abs=1e-4)
+    assert measured(run, two) == pytest.approx(measured(run, report), abs=1e-4)
+    norms = measured(run, report, "gradient_norm")
+    assert measured(run, two, "gradient_norm") == pytest.approx(norms, rel=0.01)
 
 
 _KILLED = "import pickle, sys; from pipelines.training.job import train; train(pickle.load(open(sys.argv[1], 'rb')))"
@@ -111,7 +114,7 @@ def test_a_killed_run_goes_on_as_if_undisturbed(run, report, tmp_path):
     late = train(killed)
     (started,) = [json.loads(path.read_text())["mlflow_run"] for path in marks("killed/run.json")]
     assert late["mlflow_run"] == started
-    assert losses(run, late) == pytest.approx(losses(run, report), abs=1e-5)
+    assert measured(run, late) == pytest.approx(measured(run, report), abs=1e-5)
     assert_same_weights(late, report, 1e-5)
 
 
