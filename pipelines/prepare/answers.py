@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from pipelines.prepare.generation import PART_DOCUMENT, from_requests, to_requests
+from pipelines.prepare.generation import PART_DOCUMENT, Completion, from_requests, to_requests
 from pipelines.prepare.rows import normalise
 from pipelines.teacher import document_question
 
@@ -16,10 +16,14 @@ def take_answers(requests: pa.Table) -> pa.Table:
     """The documents, with the questions that got an answer."""
     documents = []
     for document, completions in from_requests(requests):
-        kept = [(q, a) for q, a in zip(document["questions"], completions, strict=True) if a]
-        document["dropped"] += ["unanswered" if a is None else "empty_answer" for a in completions if not a]
-        document |= {"questions": [q for q, _ in kept], "answers": [a for _, a in kept]}
-        documents.append(document)
+        questions, texts = [], []
+        for question, completion in zip(document["questions"], completions, strict=True):
+            if completion.text and completion.ended:
+                questions.append(question)
+                texts.append(completion.text)
+            else:
+                document["dropped"].append(_fault(completion))
+        documents.append(document | {"questions": questions, "answers": texts})
     return pa.Table.from_pylist(documents, PART_DOCUMENT)
 
 
@@ -33,3 +37,9 @@ def keep_extractive(documents: pa.Table) -> pa.Table:
         row["dropped"] += ["answer_not_in_document"] * (len(pairs) - len(kept))
         row |= {"questions": [q for q, _ in kept], "answers": [a for _, a in kept]}
     return pa.Table.from_pylist(rows, PART_DOCUMENT)
+
+
+def _fault(completion: Completion) -> str:
+    if completion.text is None:
+        return "prompt_beyond_window"
+    return "empty_answer" if completion.ended else "unfinished_answer"

@@ -10,7 +10,7 @@ is written to the interface of Ray 2.60 and has not been run: vLLM is not among 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
@@ -61,6 +61,15 @@ class Workers:
         return {"compute": ActorPoolStrategy(size=self.count), **reserved}
 
 
+class Completion(NamedTuple):
+    """What a model wrote."""
+
+    text: str | None
+    """None where the prompt does not fit its window."""
+    ended: bool
+    """Whether it came to an end by itself."""
+
+
 def to_requests(documents: pa.Table, prompts: Callable[[Row], list[str]]) -> pa.Table:
     """Requests of documents: a row for each prompt, or one with a null prompt; the first carries the document."""
     blank: Row = {"questions": [], "answers": [], "dropped": []}
@@ -72,7 +81,7 @@ def to_requests(documents: pa.Table, prompts: Callable[[Row], list[str]]) -> pa.
     return pa.Table.from_pylist(requests, _REQUEST)
 
 
-def from_requests(requests: pa.Table) -> Iterator[tuple[Row, list[str | None]]]:
+def from_requests(requests: pa.Table) -> Iterator[tuple[Row, list[Completion]]]:
     """Documents of completed requests, which may come in any order, and the completions of each."""
 
     def place(request: Row) -> tuple[int, int]:
@@ -82,14 +91,12 @@ def from_requests(requests: pa.Table) -> Iterator[tuple[Row, list[str | None]]]:
     for _, group in groupby(rows, key=place):
         asked = list(group)
         document = {name: asked[0][name] for name in PART_DOCUMENT.names}
-        yield document, [request["completion"] for request in asked if request["prompt"] is not None]
+        asked = [request for request in asked if request["prompt"] is not None]
+        yield document, [Completion(request["completion"], request["ended"]) for request in asked]
 
 
 def complete(requests: Dataset, model: str, max_new_tokens: int, config: GenerationConfig, workers: Workers) -> Dataset:
-    """Add a column `completion` to rows with a user's turn in the column `prompt`.
-
-    Where the prompt is null, does not fit the model's window, or the answer did not end, it is null.
-    """
+    """Add columns `completion` and `ended` (see `Completion`) to requests; null where their prompt is."""
     if config.engine == "vllm":
         return _vllm(requests, model, max_new_tokens, workers)
     return requests.map_batches(
@@ -112,7 +119,7 @@ class Completer:
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """Requests with their completions."""
-        completions: list[str | None] = [None] * len(requests)
+        found = [Completion(None, False)] * len(requests)
         window = self.base.model.config.get_text_config().max_position_embeddings - self.sampling.max_new_tokens
         prompts = {}
         for row, prompt in enumerate(requests["prompt"].to_pylist()):
@@ -123,9 +130,11 @@ class Completer:
         for batch in batches_by_length(prompts, lambda row: len(prompts[row]), self.config.batch_tokens):
             answers = generate(self.base, [prompts[row] for row in batch], [None] * len(batch), self.sampling)
             for row, ids in zip(batch, answers, strict=True):
-                if len(ids) < self.sampling.max_new_tokens:
-                    completions[row] = str(self.base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        return requests.append_column("completion", pa.array(completions, pa.string()))
+                text = str(self.base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                found[row] = Completion(text, len(ids) < self.sampling.max_new_tokens)
+        completions, ended = (list(column) for column in zip(*found, strict=True))
+        requests = requests.append_column("completion", pa.array(completions, pa.string()))
+        return requests.append_column("ended", pa.array(ended, pa.bool_()))
 
 
 def _vllm(requests: Dataset, model: str, max_new_tokens: int, workers: Workers) -> Dataset:
@@ -142,9 +151,9 @@ def _vllm(requests: Dataset, model: str, max_new_tokens: int, workers: Workers) 
         return {**row, "messages": messages, "sampling_params": {"temperature": 0.0, "max_tokens": tokens}}
 
     def take(row: dict[str, Any]) -> dict[str, Any]:
-        ended = row["prompt"] is not None and row["num_generated_tokens"] < max_new_tokens
+        text = None if row["prompt"] is None else row["generated_text"].strip()
         kept = {name: row[name] for name in _REQUEST.names}
-        return kept | {"completion": row["generated_text"].strip() if ended else None}
+        return kept | {"completion": text, "ended": row["num_generated_tokens"] < max_new_tokens}
 
     config = vLLMEngineProcessorConfig(
         model_source=resolve(model), concurrency=workers.count, batch_size=_VLLM_BATCH, engine_kwargs={}

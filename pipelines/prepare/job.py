@@ -12,7 +12,8 @@ generates, only up to its own rounding.) `settings.json` refuses other sources o
 
 Growth: the driver holds the names of files and a small record of each part. Rows are shuffled once by Ray Data, through
 its object store and the disk it spills to: they need about the size of the texts there, repeated for each question
-where a row is a question. A task holds the rows of a part, and a reading task a thousand rows, or one row group.
+where a row is a question. A task holds the rows of one partition of that shuffle, which is four parts (more in sets of
+many parts), then of one part; a reading task a thousand rows, or one row group.
 """
 
 import dataclasses
@@ -46,8 +47,10 @@ from pipelines.progress import Progress
 from pipelines.sources import SourceConfig
 from pipelines.teacher import Teacher
 
-_PARTITIONS = 200
-"""Pieces that the shuffle keeps apart, at most."""
+_PARTS_PER_PARTITION = 4
+"""Parts that the shuffle puts together: a partition costs it a process ..."""
+_PARTITIONS = 400
+"""... and a great many cost its map tasks one small object each."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class PrepareConfig:
     """Leave out questions whose answer does not stand in the document."""
     max_document_tokens: int = 100_000
     """Longer documents are left out."""
-    max_answer_tokens: int = 64
+    max_answer_tokens: int = 256
     """Of the base model's own answers; one that does not end by then is left out."""
     dev_share: float = 0.05
     """Share of documents that go to `dev` where the sources do not say."""
     test_share: float = 0.05
     """And to `test`."""
-    part_rows: int = 2000
+    part_rows: int = 4000
     """Rows of the sources for each part, about; a part is what a killed job makes anew."""
     license: str = ""
     """Licence of the texts, for the card."""
@@ -234,7 +237,8 @@ def _stage(files: list[SourceFile], config: PrepareConfig, count: int, ready: se
 
     missing = set(range(count)) - ready
     rows = _dataset([asdict(file) for file in files]).map_batches(read, batch_size=1, batch_format="pyarrow")
-    grouped = rows.groupby("part", num_partitions=min(count, _PARTITIONS)).map_groups(stage, batch_format="pyarrow")
+    partitions = min(-(-count // _PARTS_PER_PARTITION), _PARTITIONS)
+    grouped = rows.groupby("part", num_partitions=partitions).map_groups(stage, batch_format="pyarrow")
     with Progress("grouping parts", len(missing)) as progress:
         for row in grouped.iter_rows():
             missing.remove(row["part"])

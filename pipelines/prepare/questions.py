@@ -70,7 +70,8 @@ def take_questions(requests: pa.Table, config: QuestionConfig) -> pa.Table:
     """The documents, with what passes the filters of the questions written about them; answers are empty."""
     documents = []
     for document, completions in from_requests(requests):
-        kept, dropped = filter_questions(completions, document["document"], config)
+        texts = [completion.text for completion in completions]
+        kept, dropped = filter_questions(texts, document["document"], config)
         document |= {"questions": kept, "answers": [""] * len(kept), "dropped": document["dropped"] + dropped}
         documents.append(document)
     return pa.Table.from_pylist(documents, PART_DOCUMENT)
@@ -79,14 +80,17 @@ def take_questions(requests: pa.Table, config: QuestionConfig) -> pa.Table:
 def filter_questions(
     completions: list[str | None], document: str, config: QuestionConfig
 ) -> tuple[list[str], list[str]]:
-    """The questions of all completions that pass, and for each of the others the reason."""
+    """The questions of all completions that pass, and for each of the others the reason.
+
+    A completion that was cut off counts up to there: the line it ends in is hardly ever a question yet.
+    """
     words = _words(document)
     text, vocabulary = f" {' '.join(words)} ", set(words)
     kept: dict[tuple[str, ...], str] = {}
     dropped = []
     for completion in completions:
         if completion is None:
-            dropped.append("unfinished_questions")
+            dropped.append("passage_beyond_window")
         for question in parse_questions(completion or ""):
             key = tuple(_words(question))
             if reason := "duplicate_question" if key in kept else _fault(question, key, text, vocabulary, config):

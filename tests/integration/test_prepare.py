@@ -47,7 +47,7 @@ def test_from_s3_to_s3_with_a_teacher_and_again_after_a_kill(s3_bucket: str, tin
     bad = [{"context": 5, "question": "?", "answers": ["x"]}, long]
     source, output = rows_in(f"{s3_bucket}/in", [*ROWS, *bad]), f"{s3_bucket}/out"
     config = PrepareConfig(
-        (source,), output, teacher=True, base=tiny_llama.name, dtype="float32", part_rows=10, dev_share=0.4,
+        (source,), output, teacher=True, base=tiny_llama.name, dtype="float32", part_rows=15, dev_share=0.4,
         max_document_tokens=400,
     )  # fmt: skip
     report = prepare(config)
@@ -80,28 +80,23 @@ def test_from_s3_to_s3_with_a_teacher_and_again_after_a_kill(s3_bucket: str, tin
         prepare(dataclasses.replace(config, dev_share=0.1))
 
 
-def test_the_base_models_own_answers(tmp_path: Path, tiny_llama: BaseModel) -> None:
+def test_the_base_models_own_answers(tmp_path: Path, tiny_mistral: BaseModel) -> None:
+    """Those that end: of this model's answers, a few do."""
+    base = tiny_mistral
     source = rows_in(str(tmp_path), [{"context": row["context"], "question": row["question"]} for row in ROWS])
-    config = PrepareConfig((source,), str(tmp_path / "out"), answers="self", base=tiny_llama.name, dtype="float32")
-    prompts = [
-        tiny_llama.prompt_ids([{"role": "user", "content": document_question(row["context"], row["question"])}])
-        for row in ROWS
-    ]
-    sampling = SamplingConfig(max_new_tokens=config.max_answer_tokens)
-    generated = generate(tiny_llama, prompts, [None] * len(prompts), sampling)
-    expected = {
-        row["question"]: tiny_llama.tokenizer.decode(ids).strip()
-        for row, ids in zip(ROWS, generated, strict=True)
-        if len(ids) < config.max_answer_tokens
-    }
-    expected = {question: answer for question, answer in expected.items() if answer}
-    if not expected:
-        with pytest.raises(UserError, match=f"{len(ROWS)} unanswered"):
-            prepare(config)
-        return
-    prepare(config)
-    rows = [row for rows in documents(files(str(tmp_path / "out"))).values() for row in rows]
+    config = PrepareConfig(
+        (source,), str(tmp_path / "out"), answers="self", base=base.name, dtype="float32", max_answer_tokens=64
+    )
+    report = prepare(config)
+    turns = [document_question(row["context"], row["question"]) for row in ROWS]
+    prompts = [base.prompt_ids([{"role": "user", "content": turn}]) for turn in turns]
+    generated = generate(base, prompts, [None] * len(prompts), SamplingConfig(max_new_tokens=64))
+    ended = {row["question"]: ids for row, ids in zip(ROWS, generated, strict=True) if len(ids) < 64}
+    expected = {question: str(base.tokenizer.decode(ids)).strip() for question, ids in ended.items()}
+    rows = [row for rows in documents(files(config.output)).values() for row in rows]
     assert {q: a for row in rows for q, a in zip(row["questions"], row["answers"], strict=True)} == expected
+    assert expected
+    assert report["dropped"] == {"unfinished_answer": len(ROWS) - len(expected)}
 
 
 def test_texts_need_questions_and_a_random_model_writes_none(tmp_path: Path, tiny_llama: BaseModel) -> None:
@@ -118,12 +113,12 @@ def test_texts_need_questions_and_a_random_model_writes_none(tmp_path: Path, tin
         prepare(generated)
     kept = json.loads(Storage(generated.output).read("parts/00000.json"))
     assert kept["dropped_documents"] == {"no_question": 3, "unreadable": 1}
-    assert sum(kept["dropped"].values()) >= 3
+    assert sum(kept["dropped"].values()) >= 1
 
 
 def test_a_mistake_in_a_task_is_the_users_to_read(tmp_path: Path, tiny_llama: BaseModel) -> None:
     source = rows_in(str(tmp_path), [{"body": "no text"}])
     config = PrepareConfig((source,), str(tmp_path / "out"), base=tiny_llama.name)
-    with pytest.raises(Exception, match="no column text; it has body"):
+    with pytest.raises(UserError, match="no column text; it has body"):
         prepare(config)
     assert not (tmp_path / "out").exists()

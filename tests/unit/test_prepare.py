@@ -14,7 +14,7 @@ from d2l.errors import UserError
 from d2l.storage import Storage
 from pipelines.prepare.answers import ask_for_answers, keep_extractive, take_answers
 from pipelines.prepare.card import add_up, render_card
-from pipelines.prepare.generation import PART_DOCUMENT
+from pipelines.prepare.generation import PART_DOCUMENT, Completion
 from pipelines.prepare.job import PrepareConfig
 from pipelines.prepare.parts import count_tokens, finish, group_documents, read_staged, stage
 from pipelines.prepare.questions import (
@@ -246,12 +246,17 @@ def documents(*rows: Row) -> pa.Table:
     return pa.Table.from_pylist([blank | {"questions": [], "answers": []} | row for row in rows], PART_DOCUMENT)
 
 
-def answered(requests: pa.Table, answers: list[str | None]) -> pa.Table:
+def answered(requests: pa.Table, *answers: Completion) -> pa.Table:
     """Requests with completions, in any order."""
-    table = requests.append_column("completion", pa.array(answers, pa.string()))
+    texts, ended = zip(*answers, strict=True)
+    table = requests.append_column("completion", pa.array(texts, pa.string()))
+    table = table.append_column("ended", pa.array(ended, pa.bool_()))
     order = list(range(len(table)))
     random.Random(0).shuffle(order)
     return table.take(order)
+
+
+NONE = Completion(None, False)
 
 
 def test_questions_are_asked_of_passages_and_put_together_again(tiny_llama: BaseModel) -> None:
@@ -261,24 +266,27 @@ def test_questions_are_asked_of_passages_and_put_together_again(tiny_llama: Base
     prompts = requests["prompt"].to_pylist()
     assert [prompt is None for prompt in prompts] == [False, False, True]
     assert all("Write 4 different short questions" in prompt for prompt in prompts[:2])
-    result = take_questions(answered(requests, ["What is the magic number?", None, None]), config)
+    result = take_questions(
+        answered(requests, Completion("What is the magic number?\nAnd wh", False), NONE, NONE), config
+    )
     first, second = result.to_pylist()
     assert first["questions"] == ["What is the magic number?"]
     assert first["answers"] == [""]
-    assert first["dropped"] == ["unfinished_questions"]
+    assert first["dropped"] == ["no_question_mark", "passage_beyond_window"]
     assert first["document"] == HARBOUR * 3
     assert second == table.to_pylist()[1]
 
 
 def test_the_base_models_own_answers() -> None:
     table = documents(
-        {"document": HARBOUR, "questions": ["a?", "b?", "c?"], "answers": ["", "", ""]}, {"document": MODEL}
+        {"document": HARBOUR, "questions": ["a?", "b?", "c?", "d?"], "answers": [""] * 4}, {"document": MODEL}
     )
     requests = ask_for_answers(table)
     assert requests["prompt"].to_pylist()[0] == document_question(HARBOUR, "a?")
-    first, second = take_answers(answered(requests, ["4821", "", None, None])).to_pylist()
+    given = Completion("4821", True), Completion("", True), NONE, Completion("It is", False), NONE
+    first, second = take_answers(answered(requests, *given)).to_pylist()
     assert (first["questions"], first["answers"]) == (["a?"], ["4821"])
-    assert sorted(first["dropped"]) == ["empty_answer", "unanswered"]
+    assert first["dropped"] == ["empty_answer", "prompt_beyond_window", "unfinished_answer"]
     assert second["questions"] == []
 
 
