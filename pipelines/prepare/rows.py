@@ -115,20 +115,20 @@ def inspect(file: SourceFile, config: SourceConfig, need_answers: bool) -> Inspe
     """
     storage, name = Storage(file.root), file.names[0]
     hashed = hashlib.sha256()
-    lines = 0
+    lines, end = 0, b"\n"
     try:
         for each in file.names:
             with reported(storage.url(each)), storage.filesystem.open(storage.path(each), "rb") as stream:
                 while block := stream.read(1 << 20):
                     hashed.update(block)
-                    lines += block.count(b"\n")
+                    lines, end = lines + block.count(b"\n"), block[-1:]
         rows, columns = len(file.names), set[str]()
         if file.kind == "parquet":
             with storage.filesystem.open(storage.path(name), "rb") as stream:
                 table = pq.ParquetFile(stream)
                 rows, columns = table.metadata.num_rows, set(table.schema_arrow.names)
         elif file.kind == "jsonl":
-            rows, columns = lines + 1, _first_keys(file, config)
+            rows, columns = lines + (end != b"\n"), _first_keys(file, config)
     except (FileNotFoundError, pa.ArrowException) as error:
         raise UserError(f"{storage.url(name)}: cannot be read ({one_line(error)})") from error
     if columns:

@@ -154,7 +154,7 @@ def test_missing_columns_are_named_with_those_there_are(
 def test_answers_need_not_be_there_where_the_model_gives_them(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"context": HARBOUR, "question": "What number?"}])
     ((file,), _) = list_files((str(path),), SourceConfig())
-    assert inspect(file, SourceConfig(), need_answers=False).rows >= 1
+    assert inspect(file, SourceConfig(), need_answers=False).rows == 1
     (document,) = group(read(path), need_answers=False)
     assert (document["questions"], document["answers"]) == (["What number?"], [""])
 
