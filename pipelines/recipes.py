@@ -134,8 +134,8 @@ def needle() -> Recipe:
         hypernetwork=_SMOLLM2,
         stages=(
             Stage(120, (Share(NeedleTask(40, 128, keyed=0.5, prose=0.3)),), batch_tokens=1536),
-            Stage(180, (Share(NeedleTask(64, 256, keyed=0.7, prose=0.6)),), batch_tokens=3072),
-            Stage(300, (Share(NeedleTask(256, 4096, keyed=0.7, prose=0.6)),), batch_tokens=6144),
+            Stage(150, (Share(NeedleTask(64, 256, keyed=0.7, prose=0.6)),), batch_tokens=3072),
+            Stage(100, (Share(NeedleTask(256, 4096, keyed=0.7, prose=0.6)),), batch_tokens=6144),
         ),
         dev_documents=16,
     )

@@ -6,17 +6,20 @@ An optimizer step has one batch of each shard; a worker has an equal part of the
 rows come in order. A shard's position is its window and the batches taken from it: all that a checkpoint needs.
 """
 
+import math
 import pickle
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, ExecutionResources
+from ray.data import ActorPoolStrategy
 from transformers import AutoTokenizer
 
 from d2l.base_model import resolve
@@ -25,14 +28,12 @@ from d2l.errors import UserError
 from pipelines.recipes import Recipe
 from pipelines.teacher import Teacher
 from pipelines.training.batches import PackedBatch, TrainingBatch, collate
-from pipelines.training.stages import StageData
+from pipelines.training.stages import WINDOW_BATCHES, StageData
 
-_STRETCH = 512
-"""Windows of one dataset; another one follows it. A loader that fails makes those of its dataset again."""
+_STRETCH = 64
+"""Windows of one dataset at most; another one follows it."""
 _EMPTY_WINDOWS = 50
 """Windows in a row without a document that can be used, after which training gives up."""
-_AHEAD_BYTES = 4 << 20
-"""Of windows made ahead, for each loader, about."""
 
 
 @dataclass(frozen=True)
@@ -165,51 +166,64 @@ class StepStream:
     ) -> Generator[tuple[int, int, list[PackedBatch], Counter[str]]]:
         """Windows of the shards from their positions on, without an end: window by window, shard by shard.
 
-        Not many more than `most` for each shard are made.
+        They come in stretches, each made while the one before is learned from, the first ones short. No more are made
+        ahead than `most` batches of each shard need.
         """
-        first = min(position.window for position in positions.values())
-        while True:
-            stretch = range(first, first + min(most, _STRETCH))
+        made, size = min(position.window for position in positions.values()), 1
+        enough = made + math.ceil(most / WINDOW_BATCHES)
+
+        def make() -> Future[list[Any]]:
+            nonlocal made, size
+            stretch = range(made, made + size)
+            made, size = made + size, min(2 * size, _STRETCH)
             places = [(shard, n) for n in stretch for shard in self._shards if n >= positions[shard].window]
-            # Every loader makes the next window in turn, and waits when its own are not taken.
-            loaders = [places[i :: self._config.loaders] for i in range(self._config.loaders)]
-            tables = [iter(_dataset(stage, self._config, own)) for own in loaders]
-            for i, (shard, window) in enumerate(places):
-                yield shard, window, *pickle.loads(next(tables[i % self._config.loaders])["batches"][0].as_py())
-            first = stretch.stop
+            return maker.submit(_make_stretch, stage, self._config, places)
+
+        maker = ThreadPoolExecutor(1, thread_name_prefix="windows")
+        try:
+            ahead: Future[list[Any]] | None = None
+            while True:
+                tables = (ahead or make()).result()
+                ahead = make() if made < enough else None
+                for table in tables:
+                    for row in ray.get(table).to_pylist():
+                        yield row["shard"], row["window"], *pickle.loads(row["batches"])
+        finally:
+            maker.shutdown(wait=False, cancel_futures=True)
 
 
-def _dataset(stage: StageData, config: DataConfig, places: list[tuple[int, int]]) -> Iterable[pa.Table]:
-    """Tables of one row, `batches` (pickled list[PackedBatch], Counter): one to each (shard, window) of `places`."""
-    windows = ray.data.range(1).map_batches(
-        _make_windows, fn_kwargs={"stage": stage, "places": places}, batch_size=None, num_cpus=1
-    )
+def _make_stretch(stage: StageData, config: DataConfig, places: list[tuple[int, int]]) -> list[Any]:
+    """References to tables (shard, window, batches: pickled list[PackedBatch], Counter) of `places`, in order.
+
+    The dataset runs to its end: one that waits until its rows are wanted keeps a core of its reader busy with waiting.
+    """
+    windows = ray.data.from_items(
+        [{"shard": shard, "window": window} for shard, window in places],
+        override_num_blocks=min(config.loaders, len(places)),
+    ).map_batches(_make_windows, fn_kwargs={"stage": stage}, batch_size=None, num_cpus=1)
     if stage.streams_teacher:
         windows = windows.map_batches(
             _AddTargets,
             fn_constructor_args=(stage.base, config.teachers),
             batch_format="pyarrow",
-            batch_size=None,
+            batch_size=1,
             compute=ActorPoolStrategy(size=config.teachers),
             num_cpus=1,
             num_gpus=config.gpus_per_teacher,
         )
-    windows.context.target_max_block_size = 1  # a block for each window, as soon as it is made
-    options = windows.context.execution_options
-    options.preserve_order = True
-    options.resource_limits = ExecutionResources.for_limits(object_store_memory=_AHEAD_BYTES)
-    return windows.iter_batches(batch_size=None, batch_format="pyarrow")
+    windows.context.execution_options.preserve_order = True
+    return windows.materialize().to_arrow_refs()
 
 
-def _make_windows(batch: dict[str, np.ndarray], stage: StageData, places: list[tuple[int, int]]) -> Iterator[pa.Table]:
-    """Windows one by one, each when the one before has been taken: a task that goes on as long as its dataset."""
+def _make_windows(places: dict[str, np.ndarray], stage: StageData) -> Iterator[pa.Table]:
     tokenizer = AutoTokenizer.from_pretrained(resolve(stage.base))
-    for shard, number in places:
-        yield _packed(*stage.window(tokenizer, shard, number))
+    for shard, window in zip(places["shard"].tolist(), places["window"].tolist(), strict=True):
+        yield _packed(shard, window, *stage.window(tokenizer, shard, window))
 
 
-def _packed(batches: list[PackedBatch], skipped: Counter[str]) -> pa.Table:
-    return pa.table({"batches": pa.array([pickle.dumps((batches, skipped))], pa.binary())})
+def _packed(shard: int, window: int, batches: list[PackedBatch], skipped: Counter[str]) -> pa.Table:
+    packed = pa.array([pickle.dumps((batches, skipped))], pa.binary())
+    return pa.table({"shard": [shard], "window": [window], "batches": packed})
 
 
 class _AddTargets:
@@ -219,7 +233,8 @@ class _AddTargets:
         self.teacher = Teacher(base, processes=processes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        batches, skipped = pickle.loads(table["batches"][0].as_py())
+        (row,) = table.to_pylist()
+        batches, skipped = pickle.loads(row["batches"])
         learned = []
         for batch in batches:
             texts = [document.text for document in batch.documents]
@@ -232,4 +247,4 @@ class _AddTargets:
             skipped["documents beyond the window of the teacher"] += len(texts) - len(documents)
             if documents:
                 learned.append(replace(batch, documents=documents))
-        return _packed(learned, skipped)
+        return _packed(row["shard"], row["window"], learned, skipped)
