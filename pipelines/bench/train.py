@@ -76,10 +76,10 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    return dict(trainer.fit().metrics or {})
+    return trainer.fit().return_value
 
 
-def _worker(arguments: dict[str, Any]) -> None:
+def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     config: BenchTrainConfig = arguments["config"]
     recipe: Recipe = arguments["recipe"]
     stages: list[StageData] = arguments["stages"]
@@ -104,7 +104,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     once, each = _with_questions(config, stages[0], affixes, base.pad_id)
     seconds = interleaved({"once": lambda: learn(once), "each": lambda: [learn(b) for b in each]}, config.rounds)
     report = {"encode_once_ratio": seconds["each"] / seconds["once"], "encode_once_seconds": seconds}
-    ray.train.report(report | _against_memory(config, recipe, stages, affixes, base.pad_id, learn, learn_from_ray))
+    return report | _against_memory(config, recipe, stages, affixes, base.pad_id, learn, learn_from_ray)
 
 
 def _finish_step(learner: MetaLearner, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:

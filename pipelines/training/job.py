@@ -62,6 +62,8 @@ class TrainConfig:
     """Data-parallel workers; the recipe's `batches_per_step` must be a multiple."""
     gpus_per_worker: float = 0
     """GPUs of one worker."""
+    dtype: str = "auto"
+    """Of compute and of the result: float32, bfloat16, or what the device is fast at. Trained weights are float32."""
     data: DataConfig = field(default_factory=DataConfig)
     """Processes beside each worker that make its batches."""
     checkpoint_every: int = 50
@@ -146,6 +148,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 output=storage.root,
                 init_from=init_from,
                 data=config.data,
+                dtype=config.dtype,
                 checkpoint_every=config.checkpoint_every,
                 keep_checkpoints=config.keep_checkpoints,
                 evaluate_every=config.evaluate_every,
@@ -241,10 +244,10 @@ def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> dict[str, f
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    metrics = trainer.fit().metrics or {}
+    metrics = trainer.fit().return_value
     if "stopped" in metrics:
         raise UserError(metrics["stopped"])
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return metrics
 
 
 def _finish(config: TrainConfig, recipe: Recipe, storage: Storage, metrics: dict[str, float], local: Path) -> None:
@@ -252,7 +255,7 @@ def _finish(config: TrainConfig, recipe: Recipe, storage: Storage, metrics: dict
     best, last = (StepFolders(storage.root, kind, keep=1) for kind in (BEST, CHECKPOINTS))
     step = best.latest()
     source = last.url(recipe.steps) if step is None else best.url(step)
-    base = load_base_model(recipe.base, "cpu")
+    base = load_base_model(recipe.base, "cpu", config.dtype)
     with fetched(source) as folder:
         hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
     card = _card(base.name, config, recipe, metrics, recipe.steps if step is None else step)

@@ -50,6 +50,8 @@ class LoopConfig:
     """Root of the run, a folder or URL."""
     init_from: str | None
     data: DataConfig
+    dtype: str
+    """Of the base model."""
     checkpoint_every: int
     keep_checkpoints: int
     evaluate_every: int
@@ -66,26 +68,30 @@ def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.learning_rate * warm * (config.final + (1 - config.final) * cosine)
 
 
-def train_worker(arguments: dict[str, LoopConfig]) -> None:
-    """Ray Train's function: trains to the end of the recipe from the newest checkpoint."""
+def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
+    """Ray Train's function: trains to the end of the recipe from the newest checkpoint.
+
+    Returns:
+        Metrics of the last step and evaluation; or `stopped`, why training gave up.
+    """
     config = arguments["config"]
     recipe, context = config.recipe, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     cluster.share_cores(context.get_local_world_size())
     device = ray.train.torch.get_device()
-    base = load_base_model(recipe.base, device)
+    base = load_base_model(recipe.base, device, config.dtype)
     folders = StepFolders(config.output, CHECKPOINTS, config.keep_checkpoints)
     state, hypernetwork, optimizer = _resume(config, base, _agreed(folders.latest()))
-    positions = {int(shard): Position(**position) for shard, position in state["positions"].items()}
     learner = MetaLearner(base, hypernetwork, recipe.loss, recipe.gradient_checkpointing)
     parallel = ray.train.torch.prepare_model(learner, move_to_device=False)
     affixes = Affixes.of(base.tokenizer)
     shards = range(rank, recipe.batches_per_step, workers)
+    positions = {shard: Position(**state["positions"].get(str(shard), {})) for shard in shards}
     stream = StepStream(recipe, config.stages, config.data, shards, affixes, base.pad_id, state["step"], positions)
     scribe = _Scribe(config, base, learner, affixes, folders) if rank == 0 else None
     flops = _Flops()
     skipped: Counter[str] = Counter(state["skipped"])
-    bad_in_row, logged = 0, state["metrics"]
+    bad_in_row, logged = 0, state.get("metrics", {})
     steps = iter(stream)
     for step in range(state["step"], recipe.steps):
         began = time.perf_counter()
@@ -129,7 +135,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> None:
     stream.close()
     if scribe:
         scribe.close()
-    ray.train.report(logged)
+    return logged
 
 
 def _resume(
@@ -151,7 +157,7 @@ def _resume(
         examples = [example for stage in config.stages for example in stage.examples(base.tokenizer)]
         hypernetwork.calibrate(base, *zip(*examples, strict=True))
     hypernetwork.to(base.device).train()
-    start = {"step": 0, "positions": {}, "skipped": {}, "best": None, "metrics": {}}
+    start = {"step": 0, "positions": {}, "skipped": {}, "best": None}
     return start, hypernetwork, new_optimizer(hypernetwork, recipe.optimizer)
 
 

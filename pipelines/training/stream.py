@@ -144,7 +144,7 @@ class StepStream:
         rows = self._rows(stage, positions, steps)
         waiting: dict[int, deque[tuple[PackedBatch, Position]]] = {shard: deque() for shard in self._shards}
         empty: Counter[int] = Counter()
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             skipped: Counter[str] = Counter()
             while not all(waiting.values()):
                 shard, window, batches, reasons = next(rows)
@@ -158,7 +158,9 @@ class StepStream:
                     raise UserError(f"no document to use in {_EMPTY_WINDOWS} windows in a row; in the last: {why}")
             taken_now = {shard: waiting[shard].popleft() for shard in self._shards}
             collated = [collate(batch, self._affixes, self._pad_id) for batch, _ in taken_now.values()]
-            yield StepData(collated, {shard: after for shard, (_, after) in taken_now.items()}, skipped)
+            # After the last step stands the beginning of the next stage.
+            places = {shard: after if step < steps else Position() for shard, (_, after) in taken_now.items()}
+            yield StepData(collated, places, skipped)
         rows.close()
 
     def _rows(

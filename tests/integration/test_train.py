@@ -17,13 +17,15 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from d2l.chunking import ChunkingConfig
+from d2l.chunking import Affixes, ChunkingConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.storage import Storage
 from pipelines.recipes import OptimizerConfig, Recipe, Share, Stage
 from pipelines.tracking import TrackingConfig
 from pipelines.training.job import TrainConfig, train
+from pipelines.training.stages import open_stages
+from pipelines.training.stream import StepStream
 from pipelines.training.tasks import NeedleTask, QuestionsTask, RepeatTask
 
 CHUNKING = ChunkingConfig(max_chunk_tokens=64)
@@ -40,13 +42,15 @@ def run(ray_cluster, tiny_llama, tmp_path_factory):
             Stage(4, (Share(NeedleTask(150, 160, keyed=1.0)),), batch_tokens=320),
         ),
         batches_per_step=2,
-        # Low, for Adam makes whole steps of gradients that are but rounding, and that depends on the threads.
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         dev_documents=4,
     )
     folder = tmp_path_factory.mktemp("train")
     tracking = TrackingConfig(f"sqlite:///{folder}/mlflow.db", "test")
-    return TrainConfig(recipe, str(folder / "run"), checkpoint_every=3, evaluate_every=4, tracking=tracking)
+    # In float32, for what bfloat16 rounds to depends on the number of threads.
+    return TrainConfig(
+        recipe, str(folder / "run"), dtype="float32", checkpoint_every=3, evaluate_every=4, tracking=tracking
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,7 @@ def test_a_run_leaves_weights_curves_and_a_record(run, report, tiny_llama):
     assert (Path(run.output) / "curves.png").stat().st_size > 1000
     client = MlflowClient(run.tracking.uri)
     assert list(measured(run, report)) == list(range(1, 9))
+    assert measured(run, report)[8] == report["metrics"]["loss"]
     record = client.get_run(report["mlflow_run"])
     assert record.info.status == "FINISHED"
     assert record.data.params["recipe.base"] == tiny_llama.name
@@ -95,7 +100,8 @@ _KILLED = "import pickle, sys; from pipelines.training.job import train; train(p
 
 
 def test_a_killed_run_goes_on_as_if_undisturbed(run, report, tmp_path):
-    killed = dataclasses.replace(run, output=str(tmp_path / "killed"))
+    """At the border of two stages or after it; and it goes on with another number of workers."""
+    killed = dataclasses.replace(run, output=str(tmp_path / "killed"), workers=2, checkpoint_every=2)
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(killed))
     # On a Ray of its own, killed with everything that it started.
     process = subprocess.Popen(
@@ -105,17 +111,33 @@ def test_a_killed_run_goes_on_as_if_undisturbed(run, report, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     marks = tmp_path.glob
-    while not list(marks("killed/checkpoints/step-*/state.json")):
+    while not list(marks("killed/checkpoints/step-00000004/state.json")):
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed/hypernetwork").exists()
-    late = train(killed)
+    late = train(dataclasses.replace(killed, workers=1))
     (started,) = [json.loads(path.read_text())["mlflow_run"] for path in marks("killed/run.json")]
     assert late["mlflow_run"] == started
-    assert measured(run, late) == pytest.approx(measured(run, report), abs=1e-5)
-    assert_same_weights(late, report, 1e-5)
+    assert measured(run, late) == pytest.approx(measured(run, report), abs=1e-4)
+    assert_same_weights(late, report, 1e-3)
+
+
+@pytest.mark.parametrize("first", [3, 4])
+def test_batches_go_on_from_any_step(run, first):
+    def steps(*start):
+        stream = StepStream(run.recipe, open_stages(run.recipe), run.data, (0, 1), Affixes((), ()), 0, *start)
+        found = list(stream)
+        stream.close()
+        return found
+
+    whole = steps()
+    rest = steps(first, whole[first - 1].positions)
+    assert len(whole) == run.recipe.steps
+    for left, right in zip(rest, whole[first:], strict=True):
+        assert left.positions == right.positions
+        assert all(torch.equal(a.ids, b.ids) for a, b in zip(left.batches, right.batches, strict=True))
 
 
 def test_a_run_starts_from_given_weights(run, report, tmp_path):
@@ -163,9 +185,9 @@ def test_a_mixture_with_a_streamed_teacher_learns_from_s3_into_s3(run, s3_bucket
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run_in_the_end(run, tmp_path):
-    broken = dataclasses.replace(run.recipe.hypernetwork, scale=1e38)
+    broken = OptimizerConfig(learning_rate=1e30, warmup_steps=1)
     stages = (dataclasses.replace(run.recipe.stages[0], steps=20),)
-    recipe = dataclasses.replace(run.recipe, hypernetwork=broken, stages=stages)
+    recipe = dataclasses.replace(run.recipe, optimizer=broken, stages=stages)
     with pytest.raises(UserError, match="10 steps in a row without a finite gradient"):
         train(dataclasses.replace(run, recipe=recipe, output=str(tmp_path / "broken")))
 
@@ -182,7 +204,7 @@ def test_mistakes_are_named(run, tmp_path):
     with pytest.raises(UserError, match="3 workers cannot share the 2 batches"):
         train(dataclasses.replace(run, workers=3))
     nowhere = TrackingConfig("http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 does not work"):
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be used"):
         train(dataclasses.replace(run, output=str(tmp_path / "run"), tracking=nowhere))
     (tmp_path / "train").mkdir()
     pq.write_table(pa.table({"document": ["a"], "answer": ["b"]}), tmp_path / "train/0.parquet")
