@@ -122,7 +122,7 @@ class Tracker:
         mlflow.set_tracking_uri(config.uri)
         self._client, self._run_id = MlflowClient(), config.run_id
         self._pending: list[Metric] = []
-        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._lock, self._writing, self._closing = threading.Lock(), threading.Lock(), threading.Event()
         self._system = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=config.uri)
         self._system.start()
         self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow")
@@ -146,22 +146,23 @@ class Tracker:
         self._thread.join()
         self._system.finish()
 
-    def _work(self) -> None:
-        while not self._closing.wait(_FLUSH_SECONDS):
-            self._flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        with self._lock:
-            taken, self._pending = self._pending, []
-        written = 0
-        with forgiven("metrics; they are kept and tried again"):
-            while written < len(taken):
-                self._client.log_batch(self._run_id, metrics=taken[written : written + 1000])
-                written += 1000
-        if written < len(taken):
+    def flush(self) -> None:
+        """Write what is left: before a checkpoint, which a run that is killed goes on from, as if all was recorded."""
+        with self._writing:
+            with self._lock:
+                taken, self._pending = self._pending, []
+            written = 0
+            with forgiven("metrics; they are kept and tried again"):
+                while written < len(taken):
+                    self._client.log_batch(self._run_id, metrics=taken[written : written + 1000])
+                    written += 1000
             with self._lock:
                 self._pending = (taken[written:] + self._pending)[-_MOST_PENDING:]
+
+    def _work(self) -> None:
+        while not self._closing.wait(_FLUSH_SECONDS):
+            self.flush()
+        self.flush()
 
 
 def register(client: MlflowClient, run_id: str, artifact: str, name: str) -> str:

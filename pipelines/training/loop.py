@@ -279,6 +279,7 @@ class _Scribe:
         self._config.board.show.remote(step, logged)
         if saves:
             state["metrics"] = logged
+            self._tracker.flush()
             self._best.wait()  # a checkpoint never knows of a best that is not there
             with self._folders.writing(step, state) as folder:
                 save_learning(folder, hypernetwork, optimizer)
