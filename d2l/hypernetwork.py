@@ -7,8 +7,7 @@ digest of config and weights.
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 
 from d2l import generators
 from d2l.base_model import BaseModel, Digests
-from d2l.chunking import Affixes, ChunkBatch, ChunkingConfig, batch_chunks
+from d2l.chunking import ChunkBatch, ChunkingConfig
 from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
@@ -94,24 +93,6 @@ class Hypernetwork(nn.Module):
     def forward(self, batch: ChunkBatch) -> Factors:
         """Encode chunks and generate their factors, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
         return self.generator(self.encoder(batch))
-
-    @torch.no_grad()
-    def calibrate(self, base: BaseModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Before training from scratch: let the generator see where the tokens of answers will be sought.
-
-        Args:
-            base: the base model.
-            prompts: token ids of conversations of the kind that will be asked.
-            answers: token ids of their answers.
-        """
-        if not hasattr(self.generator, "calibrate"):
-            return
-        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-        batch = batch_chunks(rows, Affixes((), ()), base.pad_id)
-        seeking = torch.zeros_like(batch.mask)
-        for row, prompt in enumerate(prompts):
-            seeking[row, len(prompt) - 1 : len(rows[row]) - 1] = True
-        self.generator.calibrate(self.encoder(replace(batch, content=seeking).to(base.device)))
 
     def fingerprint(self) -> str:
         """16 hex digits that name this hypernetwork: of the checkpoint it came from, or of its weights once trained."""

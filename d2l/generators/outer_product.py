@@ -2,17 +2,13 @@
 
 The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
 
-    key_t   = unit((I - C^T C) (c_t * diag + up(down(c_t)))),      c_t = m's input at t minus its mean over the chunk
-    value_t = W2 silu(W1 z_t) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, ..., h_t+lookahead, final_t]
+    key_t   = unit(c_t * diag + up(down(c_t))),                    c_t = m's input at t minus its mean over the chunk
+    value_t = W2 silu(W1 z_t) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, final_t]
 
 where h is the residual stream entering the layer and each part is RMS-normalised; A = keys, B = values, so
 delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv 2102.11174; compare
 Generative Adapter, arXiv 2411.05877). W2 starts at zero, so an untrained generator changes nothing. The rank is the
 number of tokens; internalizing compresses it.
-
-C [common_rank, d_in] damps what m's inputs have in common wherever an answer's next token is sought. Questions differ
-there by a few hundredths of the inputs' length only, and keys have to answer to that difference: without C every key
-answers to every question alike, and which of several facts is meant is not learned. See `calibrate`.
 """
 
 from dataclasses import dataclass
@@ -26,22 +22,15 @@ from d2l.context_encoder import Features
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
 
-_OVERSAMPLING = 8
-"""Directions sought beyond those kept, as Halko et al. (arXiv 0909.4061) advise."""
-
 
 @dataclass(frozen=True)
 class Config:
     """Sizes, per layer and target module."""
 
-    key_rank: int = 128
+    key_rank: int = 64
     """Rank of the learned part of the key projection."""
-    value_width: int = 256
+    value_width: int = 192
     """Hidden width of the value MLP."""
-    lookahead: int = 4
-    """Tokens after its own that a token's value is made of: what is said of a thing follows it."""
-    common_rank: int = 16
-    """Directions that are damped in keys because all answers have them in common; 0 for none."""
 
 
 class Generator(nn.Module):
@@ -58,24 +47,6 @@ class Generator(nn.Module):
                 for name, (d_in, d_out) in shapes.modules.items()
             }
         )
-
-    @torch.no_grad()
-    def calibrate(self, examples: Features) -> None:
-        """Damp the main directions of the modules' inputs at `content`, where the tokens of answers are sought.
-
-        With u_i the right singular vectors of those inputs and s_i their singular values, keys become
-        (I - sum_i (1 - s_r^2 / s_i^2) u_i u_i^T) key, i < r = common_rank: nearly the inverse covariance, as the
-        optimal linear associative memory has it (compare Meng et al., arXiv 2202.05262, equation 2).
-        """
-        for name, writers in self.writers.items():
-            assert isinstance(writers, nn.ModuleList)
-            for writer, x_NTi in zip(writers, examples.inputs[name], strict=True):
-                assert isinstance(writer, _Writer)
-                x_Pi = x_NTi[examples.content].float()
-                rank = min(len(writer.common), min(x_Pi.shape) - 1)
-                _, s, v_iR = torch.svd_lowrank(x_Pi, q=min(rank + _OVERSAMPLING, *x_Pi.shape), niter=4)
-                damping = 1 - (s[rank] / s[:rank]).square()
-                writer.common.zero_()[:rank] = v_iR[:, :rank].T * damping.sqrt().unsqueeze(1)
 
     def forward(self, features: Features) -> Factors:
         """Write every content token; the values of affixes and padding are zero."""
@@ -99,17 +70,13 @@ class Generator(nn.Module):
 class _Writer(nn.Module):
     """Keys and values of one target module in one layer."""
 
-    common: Tensor
-
     def __init__(self, config: Config, hidden_size: int, d_in: int, d_out: int):
         super().__init__()
-        self.lookahead = config.lookahead
-        self.register_buffer("common", torch.zeros(config.common_rank, d_in))
         self.key_diagonal = nn.Parameter(torch.ones(d_in))
         self.key_down = nn.Linear(d_in, config.key_rank, bias=False)
         self.key_up = nn.Linear(config.key_rank, d_in, bias=False)
         # One column more than the MLP is wide: the gate.
-        self.stream_in = nn.Linear(hidden_size, (1 + config.lookahead) * (config.value_width + 1), bias=False)
+        self.stream_in = nn.Linear(hidden_size, 2 * (config.value_width + 1), bias=False)
         self.final_in = nn.Linear(hidden_size, config.value_width + 1)
         self.value_out = nn.Linear(config.value_width, d_out, bias=False)
         nn.init.zeros_(self.final_in.bias)
@@ -118,13 +85,10 @@ class _Writer(nn.Module):
     def forward(self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, weights_N1T: Tensor) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi
         key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
-        common_Ci = self.common.to(x_NTi.dtype)
-        key_NTi = key_NTi - (key_NTi @ common_Ci.mT) @ common_Ci
         # The key's norm divides the value: a pass over the narrower of the two, and the same outer product.
         norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
-        hidden = self.final_in(final_NTd)
-        for ahead, part_NTw in enumerate(self.stream_in(h_NTd).chunk(1 + self.lookahead, -1)):
-            hidden = hidden + F.pad(part_NTw[:, ahead:], (0, 0, 0, min(ahead, part_NTw.shape[1])))
+        own, following = self.stream_in(h_NTd).chunk(2, -1)
+        hidden = self.final_in(final_NTd) + own + F.pad(following[:, 1:], (0, 0, 0, 1))
         scale_NT1 = torch.sigmoid(hidden[..., :1]) * weights_N1T.sqrt().mT / norm_NT1
         value_NTo = self.value_out(F.silu(hidden[..., 1:]))
         return LowRank(key_NTi, value_NTo * scale_NT1.to(value_NTo.dtype))

@@ -153,9 +153,7 @@ def _resume(
         with fetched(config.init_from) as folder:
             hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
     else:
-        hypernetwork = Hypernetwork(recipe.hypernetwork, base).to(base.device)
-        examples = [example for stage in config.stages for example in stage.examples(base.tokenizer)]
-        hypernetwork.calibrate(base, *zip(*examples, strict=True))
+        hypernetwork = Hypernetwork(recipe.hypernetwork, base)
     hypernetwork.to(base.device).train()
     start = {"step": 0, "positions": {}, "skipped": {}, "best": None}
     return start, hypernetwork, new_optimizer(hypernetwork, recipe.optimizer)

@@ -6,7 +6,6 @@ A window has documents of each task, in proportion to the tasks' shares. Which o
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.base_model import resolve
@@ -16,8 +15,6 @@ from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceCo
 
 WINDOW_BATCHES = 8
 """Batches that a window has, about: the look-ahead that keeps padding low."""
-_SAMPLE = 32
-"""Documents of a task whose questions stand for all."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,6 @@ class StageData:
         return any(
             isinstance(t, QuestionsTask) and t.targets != "answers" and t.teacher == "stream" for t in self.tasks
         )
-
-    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids of prompt and answer, of some documents of each task."""
-        samples = [source.documents(tokenizer, 0, self.shards, 0, _SAMPLE)[0] for source in self.sources]
-        return [pair for documents in samples for d in documents for pair in zip(d.prompts, d.answers, strict=True)]
 
     def window(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int

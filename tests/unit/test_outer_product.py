@@ -20,7 +20,6 @@ def make(base: BaseModel, layers: int | None = None) -> Hypernetwork:
         for name, parameter in hypernetwork.generator.named_parameters():
             if name.endswith("key_diagonal"):
                 parameter.mul_(torch.linspace(0.5, 1.5, len(parameter)))
-    hypernetwork.calibrate(base, random_chunks(base, *[9] * 10, seed=5).ids.tolist(), [[7, 8]] * 10)
     return hypernetwork
 
 
@@ -35,10 +34,9 @@ def naive(w: dict[str, Tensor], inputs: Tensor, stream: Tensor, final: Tensor, d
     for t in document:
         centred = inputs[t] - mean
         key = centred * w["key_diagonal"] + w["key_up.weight"] @ (w["key_down.weight"] @ centred)
-        key = key - sum((key @ direction) * direction for direction in w["common"])
         key = key / key.square().sum().sqrt()
         hidden = w["final_in.weight"] @ unit_rms(final[t]) + w["final_in.bias"]
-        for part, h in zip(w["stream_in.weight"].chunk(5), stream[t : t + 5], strict=False):
+        for part, h in zip(w["stream_in.weight"].chunk(2), stream[t : t + 2], strict=False):
             hidden = hidden + part @ unit_rms(h)
         gate, hidden = hidden[0].sigmoid(), hidden[1:]
         value = w["value_out.weight"] @ (hidden * hidden.sigmoid())
@@ -70,23 +68,6 @@ def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: i
                 expected = naive(weights, *(t[chunk][real] for t in seen), document)
                 torch.testing.assert_close(updates[name][layer, chunk].float(), expected, atol=1e-5, rtol=1e-4)
                 assert expected.abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_keys_damp_what_answers_have_in_common(tiny_base: BaseModel) -> None:
-    config = {"common_rank": 3}
-    hypernetwork = tiny_hypernetwork(tiny_base, target_modules=MODULES, layers=(1, 3), generator_config=config)
-    prompts, answers = random_chunks(tiny_base, *[9] * 20, seed=5).ids.tolist(), [[7, 8]] * 20
-    hypernetwork.calibrate(tiny_base, prompts, answers)
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    inputs = hypernetwork.encoder(batch_chunks(rows, Affixes((), ()), tiny_base.pad_id)).inputs
-    for name in MODULES:
-        for writer, x in zip(hypernetwork.generator.writers[name], inputs[name], strict=True):
-            sought = x[:, len(prompts[0]) - 1 : -1].flatten(0, 1)
-            _, s, vh = torch.linalg.svd(sought, full_matrices=False)
-            kept = vh[:4] - (vh[:4] @ writer.common.mT) @ writer.common
-            factors = (s[3] / s[:4]).square()  # the fourth direction is the first that is left alone
-            torch.testing.assert_close(kept, factors.unsqueeze(1) * vh[:4], atol=1e-3, rtol=0)
 
 
 def test_affixes_and_padding_write_nothing(tiny_base: BaseModel) -> None:
