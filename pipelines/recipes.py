@@ -124,8 +124,8 @@ class Recipe:
 _SMOLLM2 = HypernetworkConfig(
     layers=tuple(range(4, 30, 2)), chunking=ChunkingConfig(max_chunk_tokens=256, overlap_tokens=24)
 )
-"""Every other layer from the fifth on: half the work of all 30, and finds as many needles. Chunks overlap by more than a
-needle, so that every needle is whole in one of them."""
+"""Every other layer from the fifth on: less than half the work of all 30, and finds as many needles. Chunks overlap by
+more than a needle, so that every needle is whole in one of them."""
 
 
 def needle() -> Recipe:
