@@ -15,9 +15,12 @@ from typing import Any
 
 import fsspec
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from d2l.errors import UserError
+
+_LARGEST_PUT = 5 << 30
+"""Bytes that S3 takes in one request."""
 
 
 class Storage:
@@ -101,7 +104,7 @@ class Storage:
                 if self.is_local:
                     _create_local(Path(self.path(name)), data)
                 else:
-                    self.filesystem.pipe_file(self.path(name), data, mode="create")
+                    _create_remote(self.filesystem, self.path(name), data)
         except FileExistsError:
             return False
         except FileNotFoundError as error:
@@ -123,12 +126,32 @@ def reported(what: str) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """What an error says, in one plain line: some libraries send paragraphs and colours."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    silent = error.args[-1:] == (None,)  # some S3 servers answer with a code alone
+    text = _s3_code(error) if silent else getattr(error, "strerror", None) or str(error)
+    text = text or type(error).__name__
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
 
 
 def _endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    # All S3 servers heed the condition of a put, but some not that of an upload in parts, s3fs's way from 100 MiB on.
+    whole = {"chunksize": _LARGEST_PUT} if "s3" in filesystem.protocol else {}
+    try:
+        filesystem.pipe_file(path, data, mode="create", **whole)
+    except OSError as error:
+        # s3fs takes this for a file that exists only where the answer names the condition that failed: Ceph's does not.
+        if _s3_code(error) == "PreconditionFailed":
+            raise FileExistsError(path) from error
+        raise
+
+
+def _s3_code(error: Exception) -> str:
+    """The code of the S3 answer behind an error of s3fs, `SignatureDoesNotMatch` say; empty if there is none."""
+    cause = error.__cause__
+    return cause.response.get("Error", {}).get("Code", "") if isinstance(cause, ClientError) else ""
 
 
 def _create_local(path: Path, data: bytes) -> None:

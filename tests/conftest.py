@@ -141,6 +141,17 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def radosgw() -> Iterator[dict[str, str]]:
+    """A real S3 server; gives the environment that leads to it, which is not set, for most tests use `s3_server`."""
+    from tests import radosgw
+
+    if reason := radosgw.missing():
+        pytest.skip(f"no S3 server: {reason}")
+    with radosgw.running() as environment:
+        yield environment
+
+
 @pytest.fixture
 def s3_bucket(s3_server: str) -> str:
     """A new bucket, as an `s3://` root."""

@@ -71,6 +71,16 @@ def test_first_writer_wins(root: str, tiny_llama: BaseModel) -> None:
     assert same(store.get("acme", ID), first)
 
 
+def test_a_server_need_not_say_which_condition_failed(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.s3.exceptions import PreconditionFailed, S3ClientError
+
+    monkeypatch.setattr(PreconditionFailed, "__init__", lambda self, condition: S3ClientError.__init__(self))
+    storage = Storage(s3_bucket)
+    assert storage.create("file", b"first")
+    assert not storage.create("file", b"second")
+    assert storage.read("file") == b"first"
+
+
 def test_an_unfinished_write_is_finished(root: str, tiny_llama: BaseModel) -> None:
     store, killed, again = AdapterStore(root), make(tiny_llama, 1), make(tiny_llama, 2)
     store.storage.create(f"adapters/acme/{ID}/{WEIGHTS_FILE}", killed.files()[WEIGHTS_FILE])
