@@ -32,7 +32,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest -m 'not slow'
 
 slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -121,17 +121,14 @@ class Recipe:
         return len(self.stages) - 1
 
 
-_SMOLLM2 = HypernetworkConfig(
-    layers=tuple(range(4, 30, 2)), chunking=ChunkingConfig(max_chunk_tokens=256, overlap_tokens=24)
-)
-"""Every other layer from the fifth on: less than half the work of all 30, and finds as many needles. Chunks overlap by
-more than a needle, so that every needle is whole in one of them."""
+_HYPERNETWORK = HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=256, overlap_tokens=24))
+"""Chunks overlap by more than a needle, so that every needle is whole in one of them."""
 
 
 def needle() -> Recipe:
     """Find numbers in long texts: single chunks first, then several kinds of needles, then many chunks."""
     return Recipe(
-        hypernetwork=_SMOLLM2,
+        hypernetwork=_HYPERNETWORK,
         stages=(
             Stage(80, (Share(NeedleTask(30, 60)),), batch_tokens=1400),
             Stage(60, (Share(NeedleTask(60, 256, keyed=0.6, prose=0.5)),), batch_tokens=3000),
@@ -144,7 +141,7 @@ def qa() -> Recipe:
     """Answer questions about documents of a training set; repeating them teaches to keep what they say."""
     mixture = (Share(QuestionsTask(), 0.5), Share(RepeatTask(), 0.3), Share(NeedleTask(60, 512, keyed=0.6), 0.2))
     return Recipe(
-        hypernetwork=_SMOLLM2,
+        hypernetwork=_HYPERNETWORK,
         stages=(
             Stage(1000, mixture, batch_tokens=2048),
             Stage(1000, mixture, batch_tokens=4096, chunk_counts=(0.5, 0.25, 0.25)),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_hypernetwork
 
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
@@ -10,6 +9,7 @@ from d2l.storage import Storage
 from pipelines.recipes import OptimizerConfig
 from pipelines.training.checkpoints import MARK, StepFolders, fetched, restore_learning, save_learning, upload
 from pipelines.training.loop import learning_rate_at, new_optimizer
+from tests.conftest import tiny_hypernetwork
 
 
 def write(folders, step):

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hypernetwork
 
 from d2l.chunking import Affixes, ChunkingConfig
 from pipelines.recipes import LossConfig
@@ -14,6 +13,7 @@ from pipelines.training.batches import PackedBatch, collate
 from pipelines.training.evaluation import answer_samples, evaluate
 from pipelines.training.learner import MetaLearner
 from pipelines.training.tasks import NeedleTask, SourceConfig, open_task
+from tests.conftest import tiny_hypernetwork
 
 
 @pytest.fixture
