@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,14 @@ def test_a_run_in_object_storage_goes_on_where_it_was_killed(
     output = Storage(config.output)
     with (tmp_path / "killed.log").open("w") as log:
         killed = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
-        while not output.filesystem.glob(output.path("checkpoints/step-*/state.json")):
-            assert killed.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
-            time.sleep(0.02)
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
+        try:
+            while not output.filesystem.glob(output.path("checkpoints/step-*/state.json")):
+                assert killed.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
+                time.sleep(0.02)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(killed.pid, signal.SIGKILL)
+            killed.wait()
     assert not output.exists("hypernetwork/config.json")
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
