@@ -8,7 +8,6 @@ A file `d2l/generators/NAME.py` defines a frozen dataclass `Config` (its sizes) 
         def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int): ...
         def forward(self, features: Features) -> Factors: ...
 
-
 whose factors are A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]. It must start as the identity (B zero),
 so that an untrained hypernetwork changes nothing.
 """

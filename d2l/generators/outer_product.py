@@ -79,8 +79,9 @@ class _Writer(nn.Module):
         self.stream_in = nn.Linear(hidden_size, 2 * (config.value_width + 1), bias=False)
         self.final_in = nn.Linear(hidden_size, config.value_width + 1)
         self.value_out = nn.Linear(config.value_width, d_out, bias=False)
-        nn.init.zeros_(self.final_in.bias)
-        nn.init.zeros_(self.value_out.weight)
+        gates = (self.final_in.weight[:1], self.stream_in.weight[:: config.value_width + 1])
+        for part in (self.value_out.weight, self.final_in.bias, *gates):
+            nn.init.zeros_(part)
 
     def forward(self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, weights_N1T: Tensor) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi

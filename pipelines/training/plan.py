@@ -126,8 +126,7 @@ def _document_tokens(recipe: Recipe, stage: Stage) -> int:
     task, chunk = stage.mixture[0].task, recipe.hypernetwork.chunking.max_chunk_tokens
     if not isinstance(task, NeedleTask):
         return min(chunk, stage.batch_tokens)
-    low, high = task.min_tokens, task.max_tokens
-    return round((high - low) / math.log(high / low)) if high > low else low
+    return round(task.mean_tokens)
 
 
 def _fake_batch(recipe: Recipe, stage: Stage) -> TrainingBatch:

@@ -8,7 +8,6 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -45,6 +44,12 @@ class NeedleTask:
             raise UserError(
                 f"needle task: needs 0 < min_tokens <= max_tokens, not {self.min_tokens}, {self.max_tokens}"
             )
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a document on average."""
+        low, high = self.min_tokens, self.max_tokens
+        return (high - low) / math.log(high / low) if high > low else low
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,7 @@ class _Needles(Source):
         return load_prose(self.config.prose, self.config.held_out) if wanted else []  # type: ignore[arg-type]
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
-        low, high = self.task.min_tokens, self.task.max_tokens
-        return (high - low) / math.log(high / low) if high > low else low
+        return self.task.mean_tokens
 
     def documents(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
@@ -223,15 +227,20 @@ class _Rows(Source):
     ) -> tuple[list[Document], Counter[str]]:
         documents: list[Document] = []
         skipped: Counter[str] = Counter()
-        for number, row in self._numbered(shard, shards, start, stop):
+        for number, row in enumerate(self.rows.read(self.seed, shard, shards, start, stop), start):
             rng = random.Random(f"{self.seed}/{shard}/{number}")
             document = self._document(tokenizer, row, rng, skipped)
             if document:
                 documents.append(document)
         return documents, skipped
 
-    def _numbered(self, shard: int, shards: int, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(self.rows.read(self.seed, shard, shards, start, stop), start)
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, text: str, skipped: Counter[str]) -> list[int] | None:
+        """The tokens of a document; None, and counted, if it is no text."""
+        try:
+            return document_ids(text, tokenizer, self.config.chunking, "document")
+        except UserError:
+            skipped["documents that are no text"] += 1
+            return None
 
     @abstractmethod
     def _document(
@@ -261,10 +270,8 @@ class _Questions(_Rows):
         if len(text) > _LONGEST_TOKEN * self.task.max_document_tokens:  # not worth tokenising
             ids = None
         else:
-            try:
-                ids = document_ids(text, tokenizer, self.config.chunking, "document")
-            except UserError:
-                skipped["documents that are no text"] += 1
+            ids = self._ids(tokenizer, text, skipped)
+            if ids is None:
                 return None
         if ids is None or len(ids) > self.task.max_document_tokens:
             skipped["documents longer than max_document_tokens"] += 1
@@ -317,10 +324,8 @@ class _Repeat(_Rows):
         if len(encoded["input_ids"]) > self.task.max_tokens:
             skipped["documents cut to max_tokens"] += 1
             text = text[: encoded["offset_mapping"][self.task.max_tokens - 1][1]]
-        try:
-            ids = document_ids(text, tokenizer, self.config.chunking, "document")
-        except UserError:
-            skipped["documents that are no text"] += 1
+        ids = self._ids(tokenizer, text, skipped)
+        if ids is None:
             return None
         answer = [*ids, tokenizer.eos_token_id]
         asked = (text, [REPEAT_QUESTION], [text]) if self.config.held_out else None

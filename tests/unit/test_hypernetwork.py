@@ -14,6 +14,7 @@ from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, base_model_of
 from d2l.injection import Rows, inject
+from d2l.internalize import Document, InternalizeConfig, Internalizer
 from tests.conftest import GENERATORS, delta, random_chunks, tiny_hypernetwork
 
 MODULES = ("down_proj", "k_proj")
@@ -60,6 +61,39 @@ def test_save_and_load_is_exact(tiny_base: BaseModel, tmp_path: Path, generator:
     assert same_factors(found, hypernetwork, tiny_base)
     assert (tmp_path / "README.md").read_text() == "# Card\n"
     assert base_model_of(tmp_path) == tiny_base.name
+
+
+@torch.no_grad()
+def test_adapters_of_some_layers_are_those_of_all_layers_there(tiny_base: BaseModel) -> None:
+    whole = tiny_hypernetwork(tiny_base, target_modules=MODULES)
+    some = tiny_hypernetwork(tiny_base, target_modules=MODULES, layers=(1, 3))
+    for name in MODULES:
+        for place, layer in enumerate(some.layers):
+            state = whole.generator.writers[name][layer].state_dict()
+            some.generator.writers[name][place].load_state_dict(state)
+        for part in "ab":
+            some.bias[f"{name}_{part}"].copy_(whole.bias[f"{name}_{part}"][list(some.layers)])
+    documents = [Document("Two layers out of four get an adapter."), Document("So does this one.")]
+    adapters, others = (
+        Internalizer(tiny_base, hypernetwork, InternalizeConfig(max_rank=200))(documents)
+        for hypernetwork in (some, whole)
+    )
+    for adapter, other in zip(adapters, others, strict=True):
+        assert (adapter.layers, other.layers) == ((1, 3), (0, 1, 2, 3))
+        assert adapter.paths["k_proj"] == tuple(tiny_base.target_paths("k_proj")[layer] for layer in (1, 3))
+        expected = {name: update[[1, 3]] for name, update in delta(other.factors).items()}
+        torch.testing.assert_close(delta(adapter.factors), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [(), (3, 1), (1, 1), (-1, 2), (2, 4)])
+def test_layers_that_are_not_there_are_refused(tiny_llama: BaseModel, layers: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"layers must rise within the 4 that are run"):
+        tiny_hypernetwork(tiny_llama, layers=layers)
+
+
+def test_perceivers_adapt_all_layers(tiny_llama: BaseModel) -> None:
+    with pytest.raises(UserError, match=r"`layers` is only for activations"):
+        tiny_hypernetwork(tiny_llama, "perceiver", layers=(1, 3))
 
 
 def test_weights_and_configuration_make_the_fingerprint(tiny_llama: BaseModel) -> None:
