@@ -62,7 +62,7 @@ COMMANDS = {
         "one table and one plot of several needle evaluations",
         "pipelines.evaluate.report:show",
     ),
-    "convert": _Command("pipelines.convert:convert", "ConvertConfig", "turn document collections into adapters"),
+    "convert": _Command("pipelines.convert.job:run", "ConvertConfig", "turn document collections into adapters"),
     "serve": _Command("serve.app:run", "ServeConfig", "answer queries with a store's adapters (OpenAI-compatible)"),
     "ask": _Command("pipelines.ask:ask", "AskConfig", "ask one document one question, three ways"),
     "import-sakana": _Command(
@@ -82,7 +82,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: exits with 0 only on success, 1 on an error, 2 on wrong usage, 130 when interrupted."""
+    """Entry point.
+
+    Exits with 0 only on success, 1 on an error, 2 on wrong usage, 3 when the job is done but some documents failed,
+    130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
@@ -105,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(report, default=str))
     elif report:
         _load(COMMANDS[name].show)(report)
+    if report and report.get("failures"):
+        sys.exit(3)
 
 
 def _run(name: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:

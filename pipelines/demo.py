@@ -20,7 +20,8 @@ from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig, exact_match, make_sample
 from pipelines import cluster, tracking
 from pipelines.cli import show
-from pipelines.convert import ConvertConfig, convert
+from pipelines.convert import job
+from pipelines.convert.job import ConvertConfig
 from pipelines.tracking import TrackingConfig
 from serve.app import ServeConfig, run
 
@@ -54,7 +55,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     record = tracking.open_run(TrackingConfig(f"sqlite:///{folder}/mlflow.db"), "demo", config)
     try:
         with tracking.closing(record) as client:
-            converted = convert(ConvertConfig(documents=(str(folder / "documents"),), store=served.store))
+            documents = (str(folder / "documents"),)
+            converted = job.run(ConvertConfig(documents=documents, store=served.store, tracking=record))
             counts = "{converted} converted, {skipped} were there, {tokens:,} tokens, {seconds:.0f} s"
             print(f"2. adapters in {served.store}: {counts.format(**converted)}")
             run(served, blocking=False)

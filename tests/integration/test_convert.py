@@ -1,6 +1,7 @@
 """Bulk conversion on a real local Ray, with a tiny random base model and hypernetwork in fp32."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ import pyarrow.parquet
 import pytest
 import ray
 import torch
+from mlflow.tracking import MlflowClient
+from moto.s3.responses import S3Response
 
 from d2l import DocToLora
 from d2l.adapter import Adapter
@@ -24,8 +27,12 @@ from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.internalize import InternalizeConfig
 from d2l.storage import Storage
 from d2l.store import AdapterStore
-from pipelines.convert import Checkpoint, ConvertConfig, Converter, convert
+from pipelines.convert import commit, convert
+from pipelines.convert.actor import Checkpoint, ConversionConfig, Converter
+from pipelines.convert.job import ConvertConfig
+from pipelines.convert.job import run as run_job
 from pipelines.sources import SourceConfig, list_documents, read_part
+from pipelines.tracking import TrackingConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -68,9 +75,11 @@ def write(folder: Path, files: dict[str, bytes] | dict[str, str]) -> Path:
 
 
 def run(documents: Iterable[Any], store: str, hypernetwork: Path, **options: Any) -> dict[str, Any]:
-    settings = {"dtype": "float32", "sources": SourceConfig(max_bytes=10_000)} | options
-    config = ConvertConfig(tuple(map(str, documents)), store, hypernetwork=str(hypernetwork), **settings)
-    return convert(config)
+    record = TrackingConfig(f"sqlite:///{hypernetwork}/mlflow.db")
+    settings = {"dtype": "float32", "sources": SourceConfig(max_bytes=10_000), "tracking": record} | options
+    return run_job(
+        ConvertConfig(documents=tuple(map(str, documents)), store=store, hypernetwork=str(hypernetwork), **settings)
+    )
 
 
 def summary(result: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -150,7 +159,7 @@ def test_actor(hypernetwork: Path, tmp_path: Path) -> None:
     """Other settings give other adapters; a store that fails fails the document."""
 
     def results(store: Path, **options: Any) -> list[dict[str, Any]]:
-        config = ConvertConfig((), str(store), hypernetwork=str(hypernetwork), dtype="float32")
+        config = ConversionConfig(store=str(store), hypernetwork=str(hypernetwork), dtype="float32")
         known = ray.put(np.array([], dtype="S24"))
         converter = Converter(dataclasses.replace(config, **options), Checkpoint.of(str(hypernetwork)), known)
         row = {"doc_id": "a", "text": TEXTS["harbour.txt"], "source_uri": "", "stage": "", "reason": ""}
@@ -166,6 +175,82 @@ def test_actor(hypernetwork: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").write_text("a file in the way")
     [failed] = results(tmp_path)
     assert (failed["event"], failed["stage"], failed["adapter_id"]) == ("failed", "upload", "")
+
+
+def test_stages_in_a_pipeline_of_ones_own(hypernetwork: Path, tmp_path: Path) -> None:
+    """`convert` takes rows from anywhere, and commits nothing; `commit` does."""
+    store = str(tmp_path / "store")
+    rows = [{"doc_id": name, "text": text} for name, text in TEXTS.items()] + [{"doc_id": "auto", "text": "Reserved."}]
+    config = ConversionConfig(store=store, tenant="acme", hypernetwork=str(hypernetwork), dtype="float32")
+    dataset = ray.data.from_items(rows)
+    assert sorted(row["event"] for row in convert(dataset, config).take_all()) == ["failed", "ready", "ready", "ready"]
+    assert Catalogue(store).version == -1
+    report = commit(convert(dataset, config), store)
+    assert summary(report) == (4, 3, 0, 1)
+    assert {event.doc_id for event in Catalogue(store).current("acme")} == set(TEXTS)
+    assert summary(commit(convert(dataset, config), store)) == (4, 0, 3, 1)
+
+
+def test_sync_deletes_what_has_vanished(hypernetwork: Path, tmp_path: Path) -> None:
+    """Only from the folders given, and nothing of a table that could not be read whole."""
+    store, docs = str(tmp_path / "store"), write(tmp_path / "docs", TEXTS)
+    others = write(tmp_path / "docs-of-others", {"other.txt": "Elsewhere."})
+    lines = "\n".join(json.dumps({"id": name, "text": f"Row {name}."}) for name in "abc")
+    write(docs, {"rows.jsonl": lines})
+    assert summary(run([docs, others], store, hypernetwork)) == (7, 7, 0, 0)
+    (docs / "harbour.txt").unlink()
+    write(docs, {"rows.jsonl": lines.replace('"b"', "b")})
+    report = run([docs], store, hypernetwork, sync=True)
+    assert (*summary(report), report["deleted"]) == (5, 0, 4, 1, 1)
+    assert set(current(store)) == set(TEXTS) - {"harbour.txt"} | {"a", "b", "c", "other.txt"}
+    write(docs, {"rows.jsonl": lines.splitlines()[0]})
+    report = run([docs], store, hypernetwork, sync=True)
+    assert (*summary(report), report["deleted"]) == (3, 0, 3, 0, 2)
+    assert set(current(store)) == set(TEXTS) - {"harbour.txt"} | {"a", "other.txt"}
+    with pytest.raises(UserError, match="give folders"):
+        run([docs / "rows.jsonl"], store, hypernetwork, sync=True)
+
+
+def test_too_many_failures_end_the_job_and_keep_what_was_done(hypernetwork: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    docs = write(write(tmp_path / "docs", {"a.txt": "A document."}), BAD)
+    with pytest.raises(UserError, match=r"more than --max-failures 2; the last was \S+ \("):
+        run([docs], store, hypernetwork, max_failures=2)
+    assert Catalogue(store).version >= 0
+    assert summary(run([docs], store, hypernetwork, max_failures=6)) in {(7, 1, 0, 6), (7, 0, 1, 6)}
+
+
+def test_a_job_is_on_record(hypernetwork: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{hypernetwork}/mlflow.db"
+    report = run([write(tmp_path / "docs", TEXTS)], str(tmp_path / "store"), hypernetwork)
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    job = max(client.search_runs(experiments), key=lambda job: job.info.start_time)
+    assert job.info.status == "FINISHED"
+    figures = {name: job.data.metrics[name] for name in ("documents", "converted", "tokens", "catalogue_version")}
+    assert figures == {name: report[name] for name in figures}
+    assert job.data.params["store"] == str(tmp_path / "store")
+
+
+def test_an_s3_server_that_fails_now_and_then_fails_no_document(
+    s3_bucket: str, hypernetwork: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of five puts is answered with 500 or 503."""
+    put, calls, refused = S3Response.put_object, itertools.count(), []
+
+    def flaky(self: S3Response) -> Any:
+        if (number := next(calls)) % 5 == 2:
+            refused.append(number)
+            return 500 + number % 2 * 3, {}, "<Error><Code>SlowDown</Code></Error>"
+        return put(self)
+
+    monkeypatch.setattr(S3Response, "put_object", flaky)
+    docs = write(tmp_path / "docs", {f"{number}.txt": f"Document {number}." for number in range(12)})
+    assert summary(run([docs], f"{s3_bucket}/store", hypernetwork)) == (12, 12, 0, 0)
+    assert len(refused) > 6
+    adapters = AdapterStore(f"{s3_bucket}/store")
+    for adapter_id in current(f"{s3_bucket}/store").values():
+        adapters.get("default", adapter_id)
 
 
 def found(sources: Iterable[Any], config: SourceConfig) -> tuple[dict[str, str], list[str]]:

@@ -1,0 +1,162 @@
+"""`d2l convert DOCS --store ROOT`: document collections to adapters in a store, and their events in its catalogue.
+
+    list (driver) -> read, extract (tasks) -> skip, internalize, upload (actors) -> commit events (driver)
+
+The catalogue is the only record of progress: a job that was killed, wherever, and is started again does what is
+missing. Weights come first, the commit mark last, then the event; so a document is current only with its adapter
+whole. Two jobs may work on one store: appends to the catalogue do not conflict, and of equal work the first writer's
+adapter stays.
+
+What grows with the collection, n documents of which c are current in the catalogue:
+
+- listing: one file name and id a document in the driver, 0.3 KB each; ids of tables are read ahead of their texts;
+- skipping: 24 bytes for each current document, one array shared by a machine's actors; and one look at the store's
+  commit mark for each document skipped;
+- the driver's catalogue index: 1 KB for each current document; commits: one a `commit_rows` events, 10 KB each.
+
+| documents | objects in the store | catalogue | commits | driver memory |
+|---|---|---|---|---|
+| 10^4 | 3 * 10^4 | 1 MB | 10 | 13 MB |
+| 10^6 | 3 * 10^6 | 0.1 GB | 1,000 | 1.3 GB |
+| 10^8 | 3 * 10^8 | 10 GB | 100,000 | 130 GB: split it by tenant or prefix, a job to each |
+
+Hours: documents * tokens each / (tokens a second of a device, see `d2l bench convert`) / devices.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from d2l.catalogue import Catalogue, Event
+from d2l.errors import UserError
+from d2l.storage import Storage
+from pipelines import cluster, tracking
+from pipelines.convert.actor import ConversionConfig, convert, failed, result
+from pipelines.convert.journal import Journal, results
+from pipelines.progress import Progress
+from pipelines.sources import Row, SourceConfig, list_documents, read_documents
+from pipelines.tracking import TrackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(ConversionConfig):
+    """A bulk conversion."""
+
+    documents: tyro.conf.Positional[tuple[str, ...]]
+    """Folders, globs and files of documents, local or s3://."""
+    sync: bool = False
+    """Delete from the catalogue the documents that have vanished from the folders given."""
+    max_failures: int | None = None
+    """Stop when more documents than this have failed; by default never."""
+    commit_rows: int = 1000
+    """The catalogue is committed to after so many documents ..."""
+    commit_seconds: float = 10.0
+    """... or so many seconds."""
+    sources: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the job is recorded."""
+
+
+def run(config: ConvertConfig) -> dict[str, Any]:
+    """Convert documents, and return what became of them.
+
+    Returns:
+        documents, converted, skipped, failed, deleted, tokens (of the converted), seconds, catalogue_version, and
+        failures, a list of {doc_id, stage, reason}: the first thousand.
+
+    Raises:
+        UserError: no such source, store, hypernetwork or base model, or too many failures; what was done until then
+            is committed. A bad document is no error, but a failure.
+    """
+    if not config.documents:
+        raise UserError("give at least one folder or file of documents")
+    config = config.checked()
+    folders = [_folder(source) for source in config.documents] if config.sync else []
+    catalogue = Catalogue(config.store)
+    cluster.connect()
+    listing = list_documents(config.documents, config.sources)
+    if listing.ignored:
+        print(f"{listing.ignored} files of other kinds are left out", file=sys.stderr)
+    settings = dataclasses.replace(config, documents=config.documents[:10])
+    record = tracking.open_run(config.tracking, "convert", settings, tracking.git_tags())
+    journal = Journal(catalogue, config.commit_rows, config.commit_seconds)
+    seen = _Seen()
+    with tracking.closing(record) as client, Progress("converting documents", listing.documents) as progress:
+
+        def add(rows: list[Row]) -> None:
+            journal.add(rows)
+            seen.add(rows)
+            progress.advance(len(rows), journal.summary())
+            if config.max_failures is not None and journal.counts["failed"] > config.max_failures:
+                last = journal.failures[-1]
+                raise UserError(
+                    f"stopped: {journal.counts['failed']} documents failed, more than --max-failures "
+                    f"{config.max_failures}; the last was {last['doc_id']} ({last['stage']}: {last['reason']}). "
+                    "What was done is kept, the same command goes on"
+                )
+
+        try:
+            add([result(failed(row, row["stage"], row["reason"]), "failed", config.tenant) for row in listing.failures])
+            if listing.parts:
+                for rows in results(convert(read_documents(listing, config.sources), config)):
+                    add(rows)
+            journal.add(_vanished(catalogue.current(config.tenant), folders, seen))
+        finally:
+            journal.commit()
+            report = journal.report()
+            with tracking.forgiven("the job's figures"):
+                for name, value in _figures(report).items():
+                    client.log_metric(record.run_id, name, value)
+                client.log_dict(record.run_id, report, "report.json")
+    return report
+
+
+def _figures(report: dict[str, Any]) -> dict[str, float]:
+    seconds = max(report["seconds"], 1e-9)
+    rates = {"documents_per_second": report["documents"] / seconds, "tokens_per_second": report["tokens"] / seconds}
+    return {name: value for name, value in report.items() if isinstance(value, int | float)} | rates
+
+
+def _folder(source: str) -> str:
+    storage = Storage(source)
+    if not storage.filesystem.isdir(storage.path()):
+        raise UserError(f"{source}: --sync compares whole folders with the catalogue; give folders, no files or globs")
+    return storage.root.rstrip("/") + "/"
+
+
+class _Seen:
+    """The documents that are there, and the files of which a part could not be read."""
+
+    def __init__(self) -> None:
+        self.doc_ids: set[str] = set()
+        self.damaged: set[str] = set()
+
+    def add(self, rows: list[Row]) -> None:
+        self.doc_ids.update(row["doc_id"] for row in rows)
+        self.damaged.update(_file(row["source_uri"]) for row in rows if row["event"] == "failed")
+
+
+def _file(source_uri: str) -> str:
+    return source_uri.rpartition("#")[0] or source_uri
+
+
+def _vanished(current: Iterable[Event], folders: list[str], seen: _Seen) -> list[Row]:
+    """Deletions of current documents that came from the folders and are there no more.
+
+    Of a file that could be read only in part, nobody knows what has vanished: its documents stay.
+    """
+    return [
+        result(
+            {name: getattr(event, name) for name in ("doc_id", "version", "adapter_id", "hypernetwork", "source_uri")},
+            "deleted",
+            event.tenant,
+        )
+        for event in current
+        if event.doc_id not in seen.doc_ids
+        and any(event.source_uri.startswith(folder) for folder in folders)
+        and _file(event.source_uri) not in seen.damaged
+    ]
