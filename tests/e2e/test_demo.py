@@ -13,11 +13,11 @@ from d2l.adapter import COMMIT_MARK
 pytestmark = pytest.mark.slow
 
 
-def d2l(*arguments: str, cwd: Path) -> dict:
+def d2l(*arguments: str, cwd: Path, exit_code: int = 0) -> dict:
     """Run the command line; its report."""
     command = [sys.executable, "-m", "pipelines.cli", *arguments, "--json"]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == exit_code, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
