@@ -77,6 +77,11 @@ COMMANDS = {
     "bench train": _Command(
         "pipelines.bench.train:bench_train", "BenchTrainConfig", "what encoding once saves, and what Ray costs a step"
     ),
+    "bench convert": _Command(
+        "pipelines.bench.convert:bench_convert",
+        "BenchConvertConfig",
+        "what the job costs, and what batching saves",
+    ),
     "demo": _Command("pipelines.demo:demo", "DemoConfig", "documents in, a served endpoint, answers out"),
 }
 

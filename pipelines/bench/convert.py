@@ -1,0 +1,128 @@
+"""`d2l bench convert`: what the job's machinery costs, and what batching saves, in one run on the same documents.
+
+- `ratio_to_loop`: documents per second of the job's actor, fed by Ray Data and uploading, against a bare loop in one
+  process that reads the same files, internalizes them in the library's batches and uploads with 4 threads. Both are
+  timed from the first batch of documents done to the last one: without start-up. One after the other, and only once:
+  long enough documents even out a noisy machine;
+- `batched_to_single`: the library's batching against one document at a time, without storage;
+- `shares`: of the loop's time: reading, internalizing, and waiting for uploads at the end of a batch.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.data
+
+from d2l.internalize import Document
+from d2l.model import SHIPPED, DocToLora
+from d2l.store import AdapterStore
+from d2l.tasks.needle import NeedleConfig, make_sample
+from pipelines import cluster
+from pipelines.bench.timing import interleaved
+from pipelines.convert import ConversionConfig, convert
+from pipelines.convert.journal import results
+from pipelines.sources import SourceConfig, list_documents, read_documents
+
+_UPLOADS = 4
+_LENGTHS = (100, 500)
+"""Tokens of the shortest and the longest document."""
+
+
+@dataclass(frozen=True)
+class BenchConvertConfig:
+    """What to convert."""
+
+    hypernetwork: Path = SHIPPED
+    """Hypernetwork checkpoint; the shipped one by default."""
+    documents: int = 128
+    """Documents, of 100 to 500 tokens each."""
+    batch_documents: int = 16
+    """Documents of one batch."""
+    rounds: int = 3
+    """Timings of `batched_to_single`; the median counts."""
+
+
+def bench_convert(config: BenchConvertConfig) -> dict[str, Any]:
+    """Rates and ratios."""
+    model = DocToLora.from_pretrained(config.hypernetwork)
+    texts = _texts(model, config.documents)
+    batch = [Document(text) for text in texts[: config.batch_documents]]
+    seconds = interleaved(
+        {
+            "batched": lambda: model.internalizer(batch),
+            "single": lambda: [model.internalizer([document]) for document in batch],
+        },
+        config.rounds,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        documents = Path(folder) / "documents"
+        documents.mkdir()
+        for number, text in enumerate(texts):
+            (documents / f"{number:06d}.txt").write_text(text)
+        loop_rate, shares = _loop(model, sorted(documents.iterdir()), f"{folder}/loop", config.batch_documents)
+        tokens = sum(len(model.base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        job_rate = _job(config, documents, f"{folder}/job")
+    return {
+        "documents": config.documents,
+        "ratio_to_loop": job_rate / loop_rate,
+        "batched_to_single": seconds["single"] / seconds["batched"],
+        "documents_per_second": job_rate,
+        "tokens_per_second": job_rate * tokens / config.documents,
+        "loop_documents_per_second": loop_rate,
+        "shares": shares,
+    }
+
+
+def _texts(model: DocToLora, count: int) -> list[str]:
+    shortest, longest = _LENGTHS
+    lengths = [shortest + number * 127 % (longest - shortest + 1) for number in range(count)]  # in no order
+    return [make_sample(model.base.tokenizer, NeedleConfig(n), seed).document for seed, n in enumerate(lengths)]
+
+
+def _loop(model: DocToLora, files: Sequence[Path], root: str, batch_documents: int) -> tuple[float, dict[str, float]]:
+    """Documents per second after the first batch, and where the time went."""
+    store = AdapterStore(root)
+    spent = {"read": 0.0, "internalize": 0.0, "upload_wait": 0.0}
+    done: list[float] = []
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        for start in range(0, len(files), batch_documents):
+            began = time.perf_counter()
+            documents = [Document(path.read_text(), path.name) for path in files[start : start + batch_documents]]
+            read = time.perf_counter()
+            uploads = [
+                pool.submit(store.put, "default", documents[index].digest[:32], adapter)
+                for index, adapter in model.internalizer.stream(documents)
+            ]
+            internalized = time.perf_counter()
+            for upload in uploads:
+                upload.result()
+            done.append(time.perf_counter())
+            for name, part in zip(spent, (read - began, internalized - read, done[-1] - internalized), strict=True):
+                spent[name] += part
+    total = sum(spent.values())
+    return _rate(len(files), batch_documents, done), {name: part / total for name, part in spent.items()}
+
+
+def _job(config: BenchConvertConfig, documents: Path, root: str) -> float:
+    """Documents per second after the first batch."""
+    cluster.connect()
+    conversion = ConversionConfig(
+        store=root, hypernetwork=str(config.hypernetwork), batch_documents=config.batch_documents
+    )
+    sources = SourceConfig()
+    dataset: ray.data.Dataset = read_documents(list_documents([str(documents)], sources), sources)
+    done = []
+    for rows in results(convert(dataset, conversion)):
+        failures = [row["reason"] for row in rows if row["event"] != "ready"]
+        assert not failures, failures[0]
+        done += [time.perf_counter()] * (len(rows) // config.batch_documents)
+    return _rate(config.documents, config.batch_documents, done)
+
+
+def _rate(documents: int, batch_documents: int, done: list[float]) -> float:
+    return (documents - batch_documents) / (done[-1] - done[0])
