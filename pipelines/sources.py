@@ -1,8 +1,9 @@
-"""Sources: what `d2l convert DOCS` names, read by Ray Data as rows {doc_id, text, source_uri, stage, reason}.
+"""Sources: what `d2l convert DOCS` names, read by Ray Data: {doc_id, text, source_uri, extractor, stage, reason}.
 
-A source is a folder (searched through), a glob or a file, local or remote: text and Markdown, a document a file, named
-by its path under the folder; JSONL and Parquet, a document a row, named by a column. What cannot be read becomes a row
-with the stage and reason of its failure, so every document is accounted for and one bad one stops nothing.
+A source is a folder (searched through), a glob or a file, local or remote: text, Markdown, HTML, PDF and Word, a
+document a file, named by its path under the folder; JSONL and Parquet, a document a row, named by a column. What cannot
+be read becomes a row with the stage and reason of its failure, so every document is accounted for and one bad one stops
+nothing.
 
 Where an id is given twice, the first by file and row is the document and the others are failures: for that, the ids of
 tables are read ahead of their texts. Driver memory grows with the number of documents: their ids and files' names.
@@ -20,14 +21,13 @@ import pyarrow.parquet
 import ray.data
 from fsspec.core import has_magic
 
-from d2l.chunking import check_text, decode_text
+from d2l.chunking import check_text
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
 from d2l.store import check_doc_id
+from pipelines.extract import SUFFIXES, TEXT, extract, extractor_of
 
-EXTRACTOR = "text"
-"""Name, for adapter ids, of what turns a document's bytes into its text: decoding, and nothing else."""
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+KINDS = dict.fromkeys(SUFFIXES, "file") | {".jsonl": "jsonl", ".parquet": "parquet"}
 """File suffixes that are read, and how."""
 _PART_FILES = 64
 _PART_BYTES = 32 << 20
@@ -44,7 +44,7 @@ class SourceConfig:
     text_column: str = "text"
     """Column of JSONL and Parquet files that holds its text."""
     max_bytes: int = 16 << 20
-    """Longer text files, and longer lines of JSONL files, are refused unread."""
+    """Longer files, and longer lines of JSONL files, are refused unread."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Part:
     """What one reading task reads."""
 
     kind: str
-    """`text`, `jsonl` or `parquet`."""
+    """`file` (each is a document), `jsonl` or `parquet`."""
     root: str
     """Folder or URL that the names are relative to."""
     names: tuple[str, ...]
@@ -98,7 +98,7 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
                 ignored += kind is None
                 continue
             seen.add(url)
-            if kind != "text":
+            if kind != "file":
                 parts.append(Part(kind, root, (name,)))
             elif reason := _unfit(name, length, url, first, config):
                 failures.append(failure(name, url, "list", reason))
@@ -107,11 +107,11 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
                 texts.append(name)
                 size += length
                 if len(texts) == _PART_FILES or size >= _PART_BYTES:
-                    parts.append(Part("text", root, tuple(texts)))
+                    parts.append(Part("file", root, tuple(texts)))
                     texts, size = [], 0
         if texts:
-            parts.append(Part("text", root, tuple(texts)))
-    rows, winners = _read_ids([part for part in parts if part.kind != "text"], first, config)
+            parts.append(Part("file", root, tuple(texts)))
+    rows, winners = _read_ids([part for part in parts if part.kind != "file"], first, config)
     return Listing(parts, failures, winners, len(first) + len(failures) + rows, ignored)
 
 
@@ -123,8 +123,8 @@ def read_documents(listing: Listing, config: SourceConfig) -> ray.data.Dataset:
 def read_part(part: Row, config: SourceConfig, winners: dict[str, str]) -> Iterator[Row]:
     """The rows of one part."""
     storage = Storage(part["root"])
-    if part["kind"] == "text":
-        yield from read_texts(storage, list(part["names"]))
+    if part["kind"] == "file":
+        yield from read_files(storage, list(part["names"]))
         return
     name = part["names"][0]
     for number, record in read_records(storage, name, part["kind"], [config.id_column, config.text_column], config):
@@ -149,8 +149,9 @@ def failure(doc_id: str, source_uri: str, stage: str, reason: str) -> Row:
     return _row(_storable(doc_id), "", _storable(source_uri)) | {"stage": stage, "reason": _storable(reason)}
 
 
-def _row(doc_id: str, text: str, source_uri: str) -> Row:
-    return {"doc_id": doc_id, "text": text, "source_uri": source_uri, "stage": "", "reason": ""}
+def _row(doc_id: str, text: str, source_uri: str, extractor: str = TEXT) -> Row:
+    where = {"doc_id": doc_id, "source_uri": source_uri}
+    return where | {"text": text, "extractor": extractor, "stage": "", "reason": ""}
 
 
 def _storable(text: str) -> str:
@@ -235,16 +236,19 @@ def _doc_id(record: Row, config: SourceConfig) -> str:
     return check_doc_id(str(doc_id))
 
 
-def read_texts(storage: Storage, names: list[str]) -> Iterator[Row]:
-    """The rows of text files."""
+def read_files(storage: Storage, names: list[str]) -> Iterator[Row]:
+    """The rows of files that are a document each."""
     blobs = storage.filesystem.cat_ranges([storage.path(name) for name in names], None, None, on_error="return")
     for name, blob in zip(names, blobs, strict=True):
+        stage = "read"
         try:
             if isinstance(blob, Exception):
                 raise UserError(f"{name}: cannot be read ({one_line(blob)})")
-            yield _row(name, decode_text(blob, name), storage.url(name))
+            extractor = extractor_of(name)
+            stage = "read" if extractor == TEXT else "extract"
+            yield _row(name, extract(blob, name), storage.url(name), extractor)
         except UserError as error:
-            yield failure(name, storage.url(name), "read", str(error))
+            yield failure(name, storage.url(name), stage, str(error))
 
 
 def read_records(

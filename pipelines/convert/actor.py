@@ -34,7 +34,8 @@ from d2l.model import SHIPPED, DocToLora
 from d2l.storage import Storage
 from d2l.store import AdapterStore, adapter_id, check_doc_id, check_tenant
 from pipelines import cluster
-from pipelines.sources import EXTRACTOR, Row
+from pipelines.extract import TEXT
+from pipelines.sources import Row
 
 ABORT = "abort"
 """Event, on its way to the driver only, that ends the job with its reason."""
@@ -198,7 +199,7 @@ class Converter:
         document = Document(check_text(row["text"], row["doc_id"]), check_doc_id(row["doc_id"]))
         maker, chunking = self.checkpoint.fingerprint, self.checkpoint.config.chunking
         dtype = str(self.dtype).removeprefix("torch.")
-        extractor = row.get("extractor") or EXTRACTOR
+        extractor = row.get("extractor") or TEXT
         target = adapter_id(document.digest, maker, self.config.internalize, chunking, extractor, dtype)
         facts = {"source_uri": row.get("source_uri") or "", "version": document.digest[:12], "hypernetwork": maker}
         return _Work(document, target, {"doc_id": row["doc_id"], "adapter_id": target, **facts})

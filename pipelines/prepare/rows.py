@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from d2l.chunking import check_text
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
-from pipelines.sources import KINDS, SourceConfig, find_files, read_records, read_texts
+from pipelines.sources import KINDS, SourceConfig, find_files, read_files, read_records
 
 SPLITS = ("train", "dev", "test")
 """Folders of a training set. A text that is in several counts in the last: what is held out stays so."""
@@ -88,15 +88,15 @@ def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[Sou
     for source in sources:
         root, files = find_files(source)
         storage = Storage(root)
-        texts: dict[str, list[str]] = {"text": [], "huge": []}
+        texts: dict[str, list[str]] = {"file": [], "huge": []}
         for name, size in sorted(files.items()):
             kind = KINDS.get(PurePosixPath(name).suffix.lower())
             if kind is None or storage.url(name) in seen:
                 ignored += kind is None
                 continue
             seen.add(storage.url(name))
-            if kind == "text":
-                texts["huge" if size > config.max_bytes else "text"].append(name)
+            if kind == "file":
+                texts["huge" if size > config.max_bytes else "file"].append(name)
             else:
                 found.append(SourceFile(len(found), kind, root, (name,)))
         for kind, names in texts.items():
@@ -190,8 +190,8 @@ def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
         for name in file.names:
             yield _unusable("too_large", f"{storage.url(name)}: more than max_bytes = {config.max_bytes:,}")
         return
-    if file.kind == "text":
-        for found in read_texts(storage, list(file.names)):
+    if file.kind == "file":
+        for found in read_files(storage, list(file.names)):
             split = _folder_split(found["doc_id"])
             if found["reason"]:
                 yield _unusable("unreadable", found["reason"])

@@ -1,0 +1,150 @@
+"""Text out of files of every kind, and what is said of bad and hostile ones."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import docx
+import pytest
+from pypdf import PdfReader, PdfWriter
+
+from d2l.errors import UserError
+from pipelines.extract import extract, extractor_of
+
+
+def pdf(*lines: str) -> bytes:
+    """A page with lines of text, written by hand."""
+    text = " ".join(f"({line}) Tj 0 -14 Td" for line in lines)
+    stream = f"BT /F1 12 Tf 72 720 Td {text} ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    body, places = b"%PDF-1.4\n", []
+    for number, value in enumerate(objects, 1):
+        places.append(len(body))
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, value)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    size = len(objects) + 1
+    return body + (
+        b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF"
+        % (size, table, size, len(body))
+    )
+
+
+def encrypted(password: str) -> bytes:
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf("The number is 4821."))))
+    writer.encrypt(password, owner_password="owner")
+    stream = io.BytesIO()
+    writer.write(stream)
+    return stream.getvalue()
+
+
+def word(fill: Callable[..., object]) -> bytes:
+    document = docx.Document()
+    fill(document)
+    stream = io.BytesIO()
+    document.save(stream)
+    return stream.getvalue()
+
+
+def with_member(data: bytes, name: str, content: bytes) -> bytes:
+    """A Word file with one part replaced."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.namelist():
+            new.writestr(member, content if member == name else old.read(member))
+    return stream.getvalue()
+
+
+def filled(document: docx.document.Document) -> None:
+    document.add_heading("Harbours", 2)
+    document.add_paragraph("The number is 4821.")
+    table = document.add_table(1, 2)
+    table.rows[0].cells[0].text, table.rows[0].cells[1].text = "depth", "12 m"
+    document.add_paragraph("The end.")
+
+
+PAGE = """<html><head><title>T</title><script>var x = "no"</script><style>p {}</style></head><body><h2>Harbours</h2>
+<p>The <b>number</b> is <a href="https://example.org">4821</a>.<img src="data:image/png;base64,AAAA"></p>
+<ul><li>one</li></ul></body></html>"""
+BOMB = b"<!DOCTYPE lolz [<!ENTITY a 'lollollol'>" + b"".join(
+    b"<!ENTITY %c '%s'>" % (98 + i, b"&%c;" % (97 + i) * 10) for i in range(9)
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "iso-8859-1"])
+def test_html_becomes_markdown(encoding: str) -> None:
+    page = PAGE.replace("<head>", f'<head><meta charset="{encoding}">').replace("The <b>", "Café <b>")
+    text = extract(page.encode(encoding), "a/page.HTML")
+    assert "## Harbours" in text
+    assert "Café **number** is 4821." in text
+    assert "* one" in text
+    assert not any(word in text for word in ("var x", "p {}", "example.org", "base64"))
+
+
+def test_word_documents() -> None:
+    text = extract(word(filled), "notes.docx")
+    assert text == "## Harbours\n\nThe number is 4821.\n\ndepth | 12 m\n\nThe end.\n"
+
+
+@pytest.mark.parametrize("data", [pdf("The number is 4821.", "Line two."), encrypted("")], ids=["plain", "locked"])
+def test_pdf(data: bytes) -> None:
+    """Also where a password is only needed to print."""
+    assert "The number is 4821." in extract(data, "x.pdf")
+
+
+def test_text_is_taken_as_it_is() -> None:
+    raw = "One  \r\ntwo\n\n\n\nthree e\u0301"
+    assert extract(raw.encode(), "x.txt") == extract(raw.encode(), "x.md") == raw
+    assert extractor_of("x.md") == extractor_of("no suffix") == "text"
+    assert extractor_of("x.pdf").startswith("pypdf-")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("locked.pdf", encrypted("secret"), "encrypted"),
+        ("scan.pdf", pdf(), "OCR"),
+        ("cut.pdf", pdf("x")[:200], "damaged"),
+        ("picture.pdf", b"\x89PNG\r\n\x1a\n" + bytes(200), "damaged"),
+        ("empty.pdf", b"", "damaged"),
+        ("empty.docx", b"", "damaged"),
+        ("text.docx", b"plain text", "damaged"),
+        ("cut.docx", word(filled)[:-2000], "damaged"),
+        ("other.docx", zipfile.ZipFile(stream := io.BytesIO(), "w").close() or stream.getvalue(), "damaged"),
+        ("bomb.docx", with_member(word(filled), "docProps/app.xml", bytes(300 << 20)), "zip bomb"),
+        ("laughs.docx", with_member(word(filled), "word/document.xml", BOMB + b"]><a>&j;</a>"), "damaged"),
+        ("blank.docx", word(lambda document: document.add_paragraph(" ")), "empty"),
+        ("empty.html", b"", "empty"),
+        ("script.html", b"<script>alert(1)</script>", "empty"),
+        ("picture.html", b"\x89PNG\r\n\x1a\n" + bytes(200), "NUL"),
+    ],
+)
+def test_bad_files(name: str, data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        extract(data, name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_deep_html_is_read_or_refused() -> None:
+    deep = b"<div>" * 50_000 + b"bottom" + b"</div>" * 50_000
+    with suppress(UserError):
+        assert extract(deep, "deep.html") == "bottom\n"
+
+
+def test_external_entities_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("top secret")
+    with zipfile.ZipFile(io.BytesIO(word(filled))) as archive:
+        body = archive.read("word/document.xml")
+    head, _, rest = body.partition(b"?>")
+    doctype = f'<!DOCTYPE x [<!ENTITY e SYSTEM "file://{tmp_path}/secret">]>'.encode()
+    hostile = head + b"?>" + doctype + rest.replace(b"The end.", b"&e;")
+    with suppress(UserError):
+        assert "top secret" not in extract(with_member(word(filled), "word/document.xml", hostile), "x.docx")
