@@ -2,8 +2,7 @@
 
 - `ratio_to_loop`: documents per second of the job's actor, fed by Ray Data and uploading, against a bare loop in one
   process that reads the same files, internalizes them in the library's batches and uploads with 4 threads. Both are
-  timed from the first batch of documents done to the last one: without start-up. One after the other, and only once:
-  long enough documents even out a noisy machine;
+  timed by their commit marks, from the end of the first batch to that of the last: without start-up;
 - `batched_to_single`: the library's batching against one document at a time, without storage;
 - `shares`: of the loop's time: reading, internalizing, and waiting for uploads at the end of a batch.
 """
@@ -16,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.data
-
+from d2l.adapter import COMMIT_MARK
 from d2l.internalize import Document
 from d2l.model import SHIPPED, DocToLora
 from d2l.store import AdapterStore
@@ -64,9 +62,10 @@ def bench_convert(config: BenchConvertConfig) -> dict[str, Any]:
         documents.mkdir()
         for number, text in enumerate(texts):
             (documents / f"{number:06d}.txt").write_text(text)
-        loop_rate, shares = _loop(model, sorted(documents.iterdir()), f"{folder}/loop", config.batch_documents)
+        shares = _loop(model, sorted(documents.iterdir()), f"{folder}/loop", config.batch_documents)
         tokens = sum(len(model.base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-        job_rate = _job(config, documents, f"{folder}/job")
+        _job(config, documents, f"{folder}/job")
+        loop_rate, job_rate = (_rate(Path(folder) / root, config.batch_documents) for root in ("loop", "job"))
     return {
         "documents": config.documents,
         "ratio_to_loop": job_rate / loop_rate,
@@ -84,11 +83,10 @@ def _texts(model: DocToLora, count: int) -> list[str]:
     return [make_sample(model.base.tokenizer, NeedleConfig(n), seed).document for seed, n in enumerate(lengths)]
 
 
-def _loop(model: DocToLora, files: Sequence[Path], root: str, batch_documents: int) -> tuple[float, dict[str, float]]:
-    """Documents per second after the first batch, and where the time went."""
+def _loop(model: DocToLora, files: Sequence[Path], root: str, batch_documents: int) -> dict[str, float]:
+    """Convert in one process; where the time went."""
     store = AdapterStore(root)
     spent = {"read": 0.0, "internalize": 0.0, "upload_wait": 0.0}
-    done: list[float] = []
     with ThreadPoolExecutor(_UPLOADS) as pool:
         for start in range(0, len(files), batch_documents):
             began = time.perf_counter()
@@ -101,28 +99,26 @@ def _loop(model: DocToLora, files: Sequence[Path], root: str, batch_documents: i
             internalized = time.perf_counter()
             for upload in uploads:
                 upload.result()
-            done.append(time.perf_counter())
-            for name, part in zip(spent, (read - began, internalized - read, done[-1] - internalized), strict=True):
-                spent[name] += part
+            spent["read"] += read - began
+            spent["internalize"] += internalized - read
+            spent["upload_wait"] += time.perf_counter() - internalized
     total = sum(spent.values())
-    return _rate(len(files), batch_documents, done), {name: part / total for name, part in spent.items()}
+    return {name: part / total for name, part in spent.items()}
 
 
-def _job(config: BenchConvertConfig, documents: Path, root: str) -> float:
-    """Documents per second after the first batch."""
+def _job(config: BenchConvertConfig, documents: Path, root: str) -> None:
+    """Convert as `d2l convert` does."""
     cluster.connect()
     conversion = ConversionConfig(
         store=root, hypernetwork=str(config.hypernetwork), batch_documents=config.batch_documents
     )
     sources = SourceConfig()
-    dataset: ray.data.Dataset = read_documents(list_documents([str(documents)], sources), sources)
-    done = []
-    for rows in results(convert(dataset, conversion)):
+    for rows in results(convert(read_documents(list_documents([str(documents)], sources), sources), conversion)):
         failures = [row["reason"] for row in rows if row["event"] != "ready"]
         assert not failures, failures[0]
-        done += [time.perf_counter()] * (len(rows) // config.batch_documents)
-    return _rate(config.documents, config.batch_documents, done)
 
 
-def _rate(documents: int, batch_documents: int, done: list[float]) -> float:
-    return (documents - batch_documents) / (done[-1] - done[0])
+def _rate(root: Path, batch_documents: int) -> float:
+    """Documents per second after the first batch."""
+    done = sorted(mark.stat().st_mtime for mark in root.glob(f"adapters/*/*/{COMMIT_MARK}"))
+    return (len(done) - batch_documents) / (done[-1] - done[batch_documents - 1])
