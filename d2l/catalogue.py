@@ -187,6 +187,30 @@ class Catalogue:
             events = self._read(sorted(self._files), _SCHEMA.names, wanted) if self._files else iter(())
             return sorted(events, key=lambda event: event.order)
 
+    def failures(self, tenant: str) -> Iterator[Event]:
+        """The last event of every document of which it is a failure; read from the table."""
+        last: dict[str, Event] = {}
+        for event in self._events(pads.field("tenant") == tenant):
+            last[event.doc_id] = max(last.get(event.doc_id, event), event, key=lambda e: e.order)
+        yield from (event for event in last.values() if event.event == "failed")
+
+    def references(self) -> set[tuple[str, str]]:
+        """Tenant and id of all adapters that can still be asked for, by version too; read from the table.
+
+        Those are the adapters of every `ready` that no `deleted` of its document follows.
+        """
+        deleted = {name: document.deleted for name, document in list(self._documents.items())}
+        found = set()
+        for event in self._events(pads.field("event") == "ready"):
+            after = deleted.get((event.tenant, event.doc_id))
+            if after is None or event.order > after:
+                found.add((event.tenant, event.adapter_id))
+        return found
+
+    def _events(self, wanted: pads.Expression) -> Iterator[Event]:
+        with self._reported():
+            yield from self._read(sorted(self._files), _INDEXED, wanted) if self._files else ()
+
     def _write(self, table: DeltaTable, rows: pa.Table) -> None:
         try:
             write_deltalake(table, rows, mode="append")

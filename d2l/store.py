@@ -8,14 +8,19 @@ time, keep what they find. The commit mark comes last, so a folder that has it i
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, seal
 from d2l.chunking import ChunkingConfig
 from d2l.config import to_dict
 from d2l.errors import UserError
 from d2l.internalize import InternalizeConfig
-from d2l.storage import Storage
+from d2l.storage import Storage, reported
 
 RESERVED_DOC_IDS = ("auto",)
 """Names that mean something else where a document is named."""
@@ -61,9 +66,53 @@ class AdapterStore:
         """Whether the adapter is there, whole."""
         return self.storage.exists(f"{_folder(tenant, adapter_id)}/{COMMIT_MARK}")
 
+    def folders(self) -> Iterator["Folder"]:
+        """All folders of adapters, of all tenants, unfinished ones too.
+
+        Raises:
+            UserError: the storage fails.
+        """
+        root = self.storage.path("adapters")
+        with reported(self.storage.url("adapters")):
+            try:
+                files = self.storage.filesystem.find(root, detail=True)
+            except FileNotFoundError:
+                return
+        folders: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for path, info in files.items():
+            tenant, adapter_id, *_ = path.removeprefix(f"{root}/").split("/")
+            folders.setdefault((tenant, adapter_id), []).append(info)
+        for (tenant, adapter_id), found in folders.items():
+            marks = [info for info in found if info["name"].endswith(f"/{COMMIT_MARK}")]
+            modified = max(map(_modified, marks or found))
+            yield Folder(tenant, adapter_id, modified, sum(int(info.get("size") or 0) for info in found))
+
+    def remove(self, tenant: str, adapter_id: str) -> None:
+        """Remove an adapter, its commit mark first: what is left of it when this is cut short is no adapter.
+
+        Raises:
+            UserError: the storage fails.
+        """
+        folder = self.storage.path(_folder(tenant, adapter_id))
+        with reported(self.location(tenant, adapter_id)), suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
+                self.storage.filesystem.rm_file(f"{folder}/{COMMIT_MARK}")
+            self.storage.filesystem.rm(folder, recursive=True)
+
     def location(self, tenant: str, adapter_id: str) -> str:
         """The adapter's folder: a path, or a URL where the root is one."""
         return self.storage.url(_folder(tenant, adapter_id))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An adapter's folder, as a listing shows it."""
+
+    tenant: str
+    adapter_id: str
+    modified: datetime
+    """When it was committed; of an unfinished one, when its last file was written."""
+    bytes: int
 
 
 def adapter_id(
@@ -122,3 +171,11 @@ def _folder(tenant: str, adapter_id: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{8,64}", adapter_id):
         raise UserError(f"adapter id {adapter_id!r}: expected hex digits")
     return f"adapters/{check_tenant(tenant)}/{adapter_id}"
+
+
+def _modified(info: dict[str, Any]) -> datetime:
+    """When a file was written, as the file system at hand says it."""
+    value = info.get("LastModified") or info.get("mtime") or info.get("updated") or info.get("last_modified")
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value or datetime.now(UTC)

@@ -63,6 +63,16 @@ COMMANDS = {
         "pipelines.evaluate.report:show",
     ),
     "convert": _Command("pipelines.convert.job:run", "ConvertConfig", "turn document collections into adapters"),
+    "catalogue list": _Command(
+        "pipelines.catalogue:list_documents", "ListConfig", "the documents of a store, or those that failed"
+    ),
+    "catalogue history": _Command("pipelines.catalogue:history", "HistoryConfig", "all that happened to a document"),
+    "catalogue vacuum": _Command(
+        "pipelines.catalogue:vacuum", "VacuumConfig", "remove adapters that nobody can ask for any more"
+    ),
+    "catalogue erase": _Command(
+        "pipelines.catalogue:erase", "EraseConfig", "delete a document and at once its adapters"
+    ),
     "serve": _Command("serve.app:run", "ServeConfig", "answer queries with a store's adapters (OpenAI-compatible)"),
     "ask": _Command("pipelines.ask:ask", "AskConfig", "ask one document one question, three ways"),
     "import-sakana": _Command(
