@@ -36,6 +36,7 @@ class Journal:
         self.failures: list[dict[str, str]] = []
         self._catalogue, self._rows, self._seconds = catalogue, rows, seconds
         self._events: list[Event] = []
+        self._failed: dict[str, dict[str, tuple[str, str, str]]] = {}
         self._started = self._committed = time.monotonic()
 
     def add(self, results: list[Row]) -> None:
@@ -45,10 +46,19 @@ class Journal:
             self.tokens += row["tokens"]
             if row["event"] == "failed" and len(self.failures) < _SHOWN_FAILURES:
                 self.failures.append({name: row[name] for name in ("doc_id", "stage", "reason")})
-            if row["event"] != "skipped":
+            if row["event"] != "skipped" and not self._is_known(row):
                 self._events.append(Event(**row))
         if len(self._events) >= self._rows or time.monotonic() - self._committed >= self._seconds:
             self.commit()
+
+    def _is_known(self, row: Row) -> bool:
+        """Whether a document has failed as it did the last time: a daily job must not fill the catalogue."""
+        if row["event"] != "failed":
+            return False
+        tenant = row["tenant"]
+        if tenant not in self._failed:
+            self._failed[tenant] = {e.doc_id: (e.version, e.stage, e.reason) for e in self._catalogue.failures(tenant)}
+        return self._failed[tenant].get(row["doc_id"]) == (row["version"], row["stage"], row["reason"])
 
     def commit(self) -> None:
         """Append what the catalogue has not seen."""

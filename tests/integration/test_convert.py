@@ -138,6 +138,8 @@ def test_job(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
     before = current(store)
     again = run(sources, store, hypernetwork)
     assert summary(again) == (12, 0, 4, 8)
+    catalogue.refresh()
+    assert len(catalogue.history("default", "latin.txt")) == 1  # it failed as before: no news
     assert current(store) == before
 
     old, lost = (catalogue.resolve("default", name) for name in ("harbour.txt", "1"))
