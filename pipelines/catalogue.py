@@ -64,14 +64,14 @@ def list_documents(config: ListConfig) -> dict[str, Any]:
     """The documents of a tenant.
 
     Raises:
-        UserError: the catalogue cannot be read.
+        UserError: there is no catalogue, or it cannot be read.
     """
-    catalogue = Catalogue(config.store)
+    catalogue = _open(config.store)
     if config.failed:
-        columns = ("doc_id", "stage", "reason", "version", "source_uri", "created_at")
+        columns = ("doc_id", "stage", "reason", "created_at")
         events = sorted(catalogue.failures(config.tenant), key=lambda event: event.doc_id)
     else:
-        columns = ("doc_id", "version", "tokens", "rank", "bytes", "hypernetwork", "adapter_id", "created_at")
+        columns = ("doc_id", "version", "tokens", "rank", "bytes", "created_at")
         events = sorted(catalogue.current(config.tenant), key=lambda event: event.doc_id)
     shown = [_shown(event, columns) for event in islice(events, config.limit)]
     return {"documents": shown, "count": len(events), "catalogue_version": catalogue.version}
@@ -83,12 +83,12 @@ def history(config: HistoryConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no such document.
     """
-    catalogue = Catalogue(config.store)
+    catalogue = _open(config.store)
     events = catalogue.history(config.tenant, config.doc_id)
     if not events:
         raise UserError(f"{config.doc_id}: no such document of tenant {config.tenant} in {config.store}")
     current = catalogue.resolve(config.tenant, config.doc_id)
-    columns = tuple(f.name for f in dataclasses.fields(Event) if f.name not in ("tenant", "doc_id", "embedding"))
+    columns = ("event", "version", "tokens", "rank", "hypernetwork", "stage", "reason", "created_at")
     location = current and AdapterStore(config.store).location(config.tenant, current.adapter_id)
     return {
         "current": current.version if current else "none",
@@ -101,10 +101,11 @@ def vacuum(config: VacuumConfig) -> dict[str, Any]:
     """Remove adapters that nobody can ask for any more (see `d2l.vacuum`).
 
     Raises:
-        UserError: the storage fails, or the grace period is negative.
+        UserError: there is no catalogue, the storage fails, or the grace period is negative.
     """
     if config.grace_hours < 0:
         raise UserError(f"--grace-hours must not be negative, got {config.grace_hours}")
+    _open(config.store)  # without a catalogue nothing would be in use
     grace = timedelta(hours=config.grace_hours)
     return dataclasses.asdict(store_vacuum.vacuum(config.store, grace, config.dry_run))
 
@@ -120,6 +121,13 @@ def erase(config: EraseConfig) -> dict[str, Any]:
     return {"removed": store_vacuum.erase(config.store, config.tenant, config.doc_id)}
 
 
+def _open(root: str) -> Catalogue:
+    catalogue = Catalogue(root)
+    if catalogue.version < 0:
+        raise UserError(f"{root}: no store with a catalogue; `d2l convert` makes one")
+    return catalogue
+
+
 def _shown(event: Event, columns: tuple[str, ...]) -> dict[str, Any]:
     row = {name: getattr(event, name) for name in columns}
-    return row | {"created_at": event.created_at.isoformat(timespec="seconds")}
+    return row | {"created_at": f"{event.created_at:%Y-%m-%d %H:%M:%S} UTC"}

@@ -124,5 +124,7 @@ def test_commands(filled: str) -> None:
         commands.erase(commands.EraseConfig(doc_id="a", store=filled, tenant="acme"))
     assert commands.erase(commands.EraseConfig(doc_id="a", store=filled, tenant="acme", yes=True)) == {"removed": 2}
     assert commands.vacuum(commands.VacuumConfig(store=filled, grace_hours=0))["removed"] == 3
+    with pytest.raises(UserError, match="no store"):
+        commands.vacuum(commands.VacuumConfig(store=f"{filled}/nowhere"))
     with pytest.raises(UserError, match="negative"):
         commands.vacuum(commands.VacuumConfig(store=filled, grace_hours=-1))
