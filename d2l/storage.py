@@ -9,7 +9,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,48 @@ class Storage:
         with reported(self.url(name)):
             return self.filesystem.cat_file(self.path(name))
 
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies in a folder, folders included; none where there is no folder.
+
+        Raises:
+            UserError: it cannot be listed.
+        """
+        with reported(self.url(folder)):
+            try:
+                paths = self.filesystem.ls(self.path(folder), detail=False)
+            except FileNotFoundError:
+                return []
+        return [name for path in paths if (name := path.rstrip("/").rpartition("/")[2])]
+
+    def files(self, folder: str) -> list["File"]:
+        """All files of a folder; none where there is no folder.
+
+        Raises:
+            UserError: it cannot be listed.
+        """
+        path = self.path(folder)
+        with reported(self.url(folder)):
+            found = self.filesystem.find(path, detail=True)
+        return [
+            File(name.removeprefix(f"{path}/"), int(info.get("size") or 0), _modified(info))
+            for name, info in found.items()
+        ]
+
+    def remove(self, name: str) -> None:
+        """Remove file `name` if there is one.
+
+        Raises:
+            UserError: it cannot be removed.
+        """
+        with reported(self.url(name)), suppress(FileNotFoundError):
+            self.filesystem.rm_file(self.path(name))
+
+    def remove_folder(self, name: str) -> None:
+        """Remove folder `name` unless something is in it; object storage has no folders to remove."""
+        if self.is_local:
+            with suppress(OSError):
+                Path(self.path(name)).rmdir()
+
     def create(self, name: str, data: bytes) -> bool:
         """Write file `name`, whole or not at all, unless there is one; of several writers the first wins.
 
@@ -113,6 +157,16 @@ class Storage:
         return True
 
 
+@dataclass(frozen=True)
+class File:
+    """A file, as a listing shows it."""
+
+    name: str
+    """In its folder."""
+    bytes: int
+    modified: datetime
+
+
 @contextmanager
 def reported(what: str) -> Iterator[None]:
     """Turn a failing file system into a UserError about `what`; FileNotFoundError and FileExistsError pass."""
@@ -130,6 +184,14 @@ def one_line(error: Exception) -> str:
     text = _s3_code(error) if silent else getattr(error, "strerror", None) or str(error)
     text = text or type(error).__name__
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+def _modified(info: dict[str, Any]) -> datetime:
+    """When a file was written, as the file system at hand says it; just now if it does not say."""
+    value = info.get("LastModified") or info.get("mtime") or info.get("updated") or info.get("last_modified")
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value or datetime.now(UTC)
 
 
 def _endpoint() -> str | None:

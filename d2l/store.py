@@ -2,29 +2,32 @@
 
 The same work gives the same place: an adapter's id is a digest of everything that decides its bytes, up to rounding.
 Every file is written once and by its first writer; later ones, be they a restarted job or a second one at the same
-time, keep what they find. The commit mark comes last, so a folder that has it is whole and never changes again.
+time, keep what they find. The commit mark comes last, so a folder that has it is whole and its adapter never changes
+again. Who puts an adapter that is there already leaves a claim beside it, by which a vacuum sees that it is wanted.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, seal
 from d2l.chunking import ChunkingConfig
 from d2l.config import to_dict
 from d2l.errors import UserError
 from d2l.internalize import InternalizeConfig
-from d2l.storage import Storage, reported
+from d2l.storage import Storage
 
 RESERVED_DOC_IDS = ("auto",)
 """Names that mean something else where a document is named."""
 _MAX_DOC_ID_BYTES = 1024
+_TENANT = "[a-z0-9-]{1,63}"
+_ADAPTER_ID = "[0-9a-f]{8,64}"
+_CLAIM = "claim.txt"
+"""Says when an adapter that was there already was last put again; its event may not be committed yet."""
 
 
 class AdapterStore:
@@ -34,24 +37,51 @@ class AdapterStore:
         self.storage = Storage(root)
 
     def put(self, tenant: str, adapter_id: str, adapter: Adapter) -> int:
-        """Store an adapter unless it is there already.
+        """Store an adapter unless it is there already; a vacuum knows for its grace period that it is wanted.
 
         Returns:
             The bytes of its files.
 
         Raises:
-            UserError: the storage fails, for want of space say; no commit mark is left then.
+            UserError: the storage fails, for want of space say, or a vacuum removes an unfinished write of the same
+                work meanwhile; no commit mark is left then.
         """
         folder = _folder(tenant, adapter_id)
         files = adapter.files()
-        if not self.exists(tenant, adapter_id):
-            for name, data in files.items():
-                if not self.storage.create(f"{folder}/{name}", data) and name == WEIGHTS_FILE:
-                    # An unfinished write of the same work: those weights, equal up to rounding, are the adapter's now.
-                    weights = self.storage.read(f"{folder}/{WEIGHTS_FILE}")
-                    details = json.loads(files[PROVENANCE_FILE])
-                    files[PROVENANCE_FILE] = seal(details | {"weights_sha256": hashlib.sha256(weights).hexdigest()})
+        if self.exists(tenant, adapter_id):
+            self._replace(f"{folder}/{_CLAIM}", datetime.now(UTC).isoformat().encode())
+        if not self.exists(tenant, adapter_id):  # looked at again: a vacuum that was faster did not see the claim
+            self._write(folder, files)
         return sum(map(len, files.values()))
+
+    def _write(self, folder: str, files: dict[str, bytes]) -> None:
+        weights, mark = f"{folder}/{WEIGHTS_FILE}", f"{folder}/{COMMIT_MARK}"
+        found = not self.storage.create(weights, files[WEIGHTS_FILE])
+        if found:  # an unfinished write of the same work: those weights, equal up to rounding, are the adapter's now
+            try:
+                digest = hashlib.sha256(self.storage.read(weights)).hexdigest()
+            except FileNotFoundError:
+                raise self._removed(folder) from None
+            files[PROVENANCE_FILE] = seal(json.loads(files[PROVENANCE_FILE]) | {"weights_sha256": digest})
+        self._write_provenance(f"{folder}/{PROVENANCE_FILE}", files[PROVENANCE_FILE])
+        self.storage.create(mark, files[COMMIT_MARK])
+        if found and not self.storage.exists(weights):
+            self.storage.remove(mark)
+            raise self._removed(folder)
+
+    def _write_provenance(self, name: str, data: bytes) -> None:
+        if self.storage.create(name, data):
+            return
+        found, own = (json.loads(text)["weights_sha256"] for text in (self.storage.read(name), data))
+        if found != own:  # left over from weights that were removed
+            self._replace(name, data)
+
+    def _removed(self, folder: str) -> UserError:
+        return UserError(f"{self.storage.url(folder)}: removed while it was being finished; convert the document again")
+
+    def _replace(self, name: str, data: bytes) -> None:
+        self.storage.remove(name)
+        self.storage.create(name, data)
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
         """Read an adapter.
@@ -66,38 +96,49 @@ class AdapterStore:
         """Whether the adapter is there, whole."""
         return self.storage.exists(f"{_folder(tenant, adapter_id)}/{COMMIT_MARK}")
 
-    def folders(self) -> Iterator["Folder"]:
-        """All folders of adapters, of all tenants, unfinished ones too.
+    def folders(self) -> Iterator[tuple[str, str]]:
+        """Tenant and id of all adapters, of all tenants, unfinished ones too.
 
         Raises:
             UserError: the storage fails.
         """
-        root = self.storage.path("adapters")
-        with reported(self.storage.url("adapters")):
-            try:
-                files = self.storage.filesystem.find(root, detail=True)
-            except FileNotFoundError:
-                return
-        folders: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for path, info in files.items():
-            tenant, adapter_id, *_ = path.removeprefix(f"{root}/").split("/")
-            folders.setdefault((tenant, adapter_id), []).append(info)
-        for (tenant, adapter_id), found in folders.items():
-            marks = [info for info in found if info["name"].endswith(f"/{COMMIT_MARK}")]
-            modified = max(map(_modified, marks or found))
-            yield Folder(tenant, adapter_id, modified, sum(int(info.get("size") or 0) for info in found))
+        for tenant in self.storage.names("adapters"):
+            if re.fullmatch(_TENANT, tenant):
+                names = self.storage.names(f"adapters/{tenant}")
+                yield from ((tenant, name) for name in names if re.fullmatch(_ADAPTER_ID, name))
+
+    def look(self, tenant: str, adapter_id: str) -> "Folder | None":
+        """An adapter's folder, unfinished or not; None where there is none.
+
+        Raises:
+            UserError: the storage fails.
+        """
+        files = self.storage.files(_folder(tenant, adapter_id))
+        if not files:
+            return None
+        committed = any(file.name == COMMIT_MARK for file in files)
+        dated = [file for file in files if not committed or file.name in (COMMIT_MARK, _CLAIM)]
+        return Folder(sum(file.bytes for file in files), max(file.modified for file in dated))
 
     def remove(self, tenant: str, adapter_id: str) -> None:
         """Remove an adapter, its commit mark first: what is left of it when this is cut short is no adapter.
 
+        The weights go last: who then writes the same adapter anew has it to himself, and who was finishing it
+        misses them. Should a commit mark have come meanwhile that stands for no weights, it goes too.
+
         Raises:
             UserError: the storage fails.
         """
-        folder = self.storage.path(_folder(tenant, adapter_id))
-        with reported(self.location(tenant, adapter_id)), suppress(FileNotFoundError):
-            with suppress(FileNotFoundError):
-                self.storage.filesystem.rm_file(f"{folder}/{COMMIT_MARK}")
-            self.storage.filesystem.rm(folder, recursive=True)
+        folder = _folder(tenant, adapter_id)
+        mark, weights = f"{folder}/{COMMIT_MARK}", f"{folder}/{WEIGHTS_FILE}"
+        names = {file.name for file in self.storage.files(folder)}
+        self.storage.remove(mark)
+        for name in sorted(names - {COMMIT_MARK, WEIGHTS_FILE}):
+            self.storage.remove(f"{folder}/{name}")
+        self.storage.remove(weights)
+        if self.storage.exists(mark) and not self.storage.exists(weights):
+            self.storage.remove(mark)
+        self.storage.remove_folder(folder)
 
     def location(self, tenant: str, adapter_id: str) -> str:
         """The adapter's folder: a path, or a URL where the root is one."""
@@ -108,11 +149,9 @@ class AdapterStore:
 class Folder:
     """An adapter's folder, as a listing shows it."""
 
-    tenant: str
-    adapter_id: str
-    modified: datetime
-    """When it was committed; of an unfinished one, when its last file was written."""
     bytes: int
+    modified: datetime
+    """When it was committed or last put again; of an unfinished one, when its last file was written."""
 
 
 def adapter_id(
@@ -144,7 +183,7 @@ def check_tenant(tenant: str) -> str:
     Raises:
         UserError: it is not 1 to 63 of a-z, 0-9 and hyphen.
     """
-    if not re.fullmatch(r"[a-z0-9-]{1,63}", tenant):
+    if not re.fullmatch(_TENANT, tenant):
         raise UserError(f"tenant {tenant!r}: give 1 to 63 lower-case letters, digits or hyphens")
     return tenant
 
@@ -168,14 +207,6 @@ def check_doc_id(doc_id: str) -> str:
 
 
 def _folder(tenant: str, adapter_id: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{8,64}", adapter_id):
+    if not re.fullmatch(_ADAPTER_ID, adapter_id):
         raise UserError(f"adapter id {adapter_id!r}: expected hex digits")
     return f"adapters/{check_tenant(tenant)}/{adapter_id}"
-
-
-def _modified(info: dict[str, Any]) -> datetime:
-    """When a file was written, as the file system at hand says it."""
-    value = info.get("LastModified") or info.get("mtime") or info.get("updated") or info.get("last_modified")
-    if isinstance(value, str):
-        value = datetime.fromisoformat(value)
-    return datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value or datetime.now(UTC)

@@ -3,32 +3,52 @@
 An adapter is kept while a `ready` refers to it that no `deleted` follows. Others, and what broken uploads left behind,
 go once they are older than a grace period, commit mark first.
 
-Beside running jobs: the store is listed before the catalogue is read, so what was committed in between is seen; what a
-job is still uploading is younger than the grace period. One race is left: a job finds an old adapter of the same
-work, of a document that had been deleted, and keeps it, and it is removed before the job's event is committed, a few
-seconds later. Such a document answers with an error until its next conversion, which finds the adapter missing and
-makes it again; so delete documents and convert them anew either before vacuuming or after it.
+Why a vacuum may run beside jobs and servers:
+
+- The store is listed before the catalogue is read, so an adapter in the list whose event was committed by then is seen
+  to be in use; the catalogue is refreshed before each batch of removals for those that were committed since.
+- An event is committed seconds after its adapter was put, at worst hours where one slow document holds a batch up. The
+  grace period covers that time: whatever was put within it stays. For an adapter put anew, the commit mark tells when.
+  For one that was there already, of a deleted document that comes back or of a job that was killed days ago, the mark
+  is old, so putting it again leaves a claim that counts like a new mark. Each folder is looked at right before it is
+  removed. A document that a job skips outright is current: it is in use.
+- Servers resolve names in the catalogue only, and what is removed can not be named there.
+
+What is left: a job puts an adapter again in the milliseconds between a vacuum's look at its folder and the removal of
+its mark. Then the document's event stands for no adapter: it answers with an error until its next conversion, which
+misses the mark and makes the adapter again. Someone who is finishing an old unfinished upload in that moment fails the
+document with `upload` as its stage, or leaves the same state. A grace period shorter than a job's commits need is safe
+only while no job runs. Run one vacuum at a time: beside a job a second one could remove what is just made anew.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
-from d2l.store import AdapterStore, Folder
+from d2l.store import AdapterStore
 
-_REMOVED_AT_ONCE = 100
+_BATCH = 1000
 """Folders between two looks at the catalogue."""
+_THREADS = 8
+"""Folders that are removed at a time."""
+
+_Place = tuple[str, str]
+"""Tenant and adapter id."""
 
 
 @dataclass
 class Vacuumed:
-    """What a vacuum did, or would do."""
+    """What was removed, or would be."""
 
     kept: int = 0
+    """Adapters that are in use or too young."""
     removed: int = 0
+    """Adapters, and what was left of broken uploads."""
     bytes: int = 0
     """Of what was removed."""
 
@@ -42,42 +62,60 @@ def vacuum(root: str | Path, grace: timedelta, dry_run: bool = False) -> Vacuume
         dry_run: only count.
 
     Raises:
-        UserError: the storage fails; nothing is half removed that was in use.
+        UserError: there is no catalogue, without which nothing would be in use; or the storage fails, then what was
+            removed until then is gone and the rest as it was.
     """
     store = AdapterStore(root)
-    folders = list(store.folders())
+    places = list(store.folders())
     catalogue = Catalogue(root)
-    used = catalogue.references()
-    oldest = datetime.now(UTC) - grace
-    unused = [f for f in folders if (f.tenant, f.adapter_id) not in used and f.modified <= oldest]
-    report = Vacuumed(kept=len(folders) - len(unused))
-    for folder in unused if dry_run else _still_unused(unused, catalogue, report):
-        if not dry_run:
-            store.remove(folder.tenant, folder.adapter_id)
-        report.removed += 1
-        report.bytes += folder.bytes
+    if catalogue.version < 0:
+        raise UserError(f"{root}: no store with a catalogue; `d2l convert` makes one")
+    remove = partial(_remove, store, datetime.now(UTC) - grace, dry_run)
+    report = Vacuumed(kept=len(places))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for batch in _unused(places, catalogue):
+            for size in pool.map(remove, batch):
+                if size is not None:
+                    report.kept -= 1
+                    report.removed += 1
+                    report.bytes += size
     return report
 
 
-def _still_unused(folders: Sequence[Folder], catalogue: Catalogue, report: Vacuumed) -> Iterator[Folder]:
-    """Folders to remove now; those that came into use meanwhile are counted as kept."""
-    for start in range(0, len(folders), _REMOVED_AT_ONCE):
+def _unused(places: Sequence[_Place], catalogue: Catalogue) -> Iterator[list[_Place]]:
+    """Those that nobody can ask for, in batches, each as the catalogue is when it is taken."""
+    used, version = catalogue.references(), catalogue.version
+    places = [place for place in places if place not in used]
+    for start in range(0, len(places), _BATCH):
         catalogue.refresh()
-        used = catalogue.references()
-        for folder in folders[start : start + _REMOVED_AT_ONCE]:
-            if (folder.tenant, folder.adapter_id) in used:
-                report.kept += 1
-            else:
-                yield folder
+        if catalogue.version != version:
+            used, version = catalogue.references(), catalogue.version
+        yield [place for place in places[start : start + _BATCH] if place not in used]
 
 
-def erase(root: str | Path, tenant: str, doc_id: str) -> int:
+def _remove(store: AdapterStore, oldest: datetime, dry_run: bool, place: _Place) -> int | None:
+    """Remove an adapter unless it is younger than `oldest`; its bytes if it was removed."""
+    folder = store.look(*place)
+    if folder is None or folder.modified > oldest:
+        return None
+    if not dry_run:
+        store.remove(*place)
+    return folder.bytes
+
+
+def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:
     """Delete a document and at once all its adapters that no other document has.
 
-    Its events stay in the catalogue: its id, digests and sizes, and where it came from, but nothing of its text.
+    Its events stay in the catalogue: id, digests, sizes, where it came from and why it failed, none of its text; an
+    embedding, where one was recorded, stays too. Taking the rows out of the table is not safe: a reader that has not
+    seen the `deleted` yet would serve the document for ever, one that has the table's old files in its snapshot, a
+    running job say, would fail, and the table's log names the document all the same.
+
+    Stop jobs that convert the document first: they would bring it back. A server refuses the document after its next
+    look at the catalogue, and holds the adapter in memory until others displace it.
 
     Returns:
-        How many adapters were removed.
+        What was removed, and how many adapters were kept for other documents with the same text.
 
     Raises:
         UserError: there is no such document, or the storage fails; then erase it again.
@@ -88,10 +126,12 @@ def erase(root: str | Path, tenant: str, doc_id: str) -> int:
         raise UserError(f"{doc_id}: no such document of tenant {tenant} in {root}; see `d2l catalogue list`")
     current = catalogue.resolve(tenant, doc_id)
     if current is not None:
-        catalogue.append([Event(tenant, doc_id, current.version, "deleted", current.adapter_id)])
-    used = catalogue.references()
-    own = {event.adapter_id for event in events if event.event == "ready"}
-    unused = [adapter_id for adapter_id in sorted(own) if (tenant, adapter_id) not in used]
-    for adapter_id in unused:
-        store.remove(tenant, adapter_id)
-    return len(unused)
+        # Later than what it deletes even if the clock of who wrote that is ahead of this one.
+        now = max(datetime.now(UTC), current.created_at + timedelta(microseconds=1))
+        catalogue.append([Event(tenant, doc_id, current.version, "deleted", current.adapter_id, created_at=now)])
+    own = {(tenant, event.adapter_id) for event in events if event.event == "ready"}
+    unused = own - catalogue.references()
+    folders = [folder for place in unused if (folder := store.look(*place))]
+    for place in unused:
+        store.remove(*place)
+    return Vacuumed(len(own) - len(unused), len(folders), sum(folder.bytes for folder in folders))

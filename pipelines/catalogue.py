@@ -1,10 +1,11 @@
-"""`d2l catalogue list|history|vacuum|erase`: what is in a store, what happened to it, and what may go."""
+"""`d2l catalogue list|show|history|vacuum|erase`: what is in a store, what happened to it, and what may go."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,13 +14,23 @@ from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
 from d2l.store import AdapterStore
 
+_PRINTED = {
+    "documents": ("doc_id", "version", "stage", "reason", "tokens", "rank", "bytes", "created_at"),
+    "events": ("event", "version", "tokens", "rank", "hypernetwork", "stage", "reason", "created_at"),
+}
+"""Columns that fit a terminal; with --json there are more."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class ListConfig:
-    """What to list."""
-
+class _StoreConfig:
     store: str
     """Root of the store: a folder, or s3://bucket/path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig(_StoreConfig):
+    """What to list."""
+
     tenant: str = "default"
     """Whose documents."""
     failed: bool = False
@@ -29,13 +40,21 @@ class ListConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HistoryConfig:
+class ShowConfig(_StoreConfig):
+    """A document, or one version of it."""
+
+    document: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DOC_ID[@VERSION]")]
+    """Its id, and the version where the current one is not meant."""
+    tenant: str = "default"
+    """Whose document it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryConfig(_StoreConfig):
     """A document."""
 
     doc_id: tyro.conf.Positional[str]
     """Its id."""
-    store: str
-    """Root of the store: a folder, or s3://bucket/path."""
     tenant: str = "default"
     """Whose document it is."""
 
@@ -45,16 +64,14 @@ class EraseConfig(HistoryConfig):
     """A document that is to be forgotten."""
 
     yes: bool = False
-    """Really: this cannot be undone."""
+    """Do not ask whether this is meant: it cannot be undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VacuumConfig:
+class VacuumConfig(_StoreConfig):
     """What may go."""
 
-    store: str
-    """Root of the store: a folder, or s3://bucket/path."""
-    grace_hours: float = 24.0
+    grace: Annotated[float, tyro.conf.arg(metavar="HOURS")] = 24.0
     """What is younger stays: a running job may be about to commit it."""
     dry_run: bool = False
     """Only count."""
@@ -68,17 +85,35 @@ def list_documents(config: ListConfig) -> dict[str, Any]:
     """
     catalogue = _open(config.store)
     if config.failed:
-        columns = ("doc_id", "stage", "reason", "created_at")
+        columns = ["doc_id", "version", "stage", "reason", "source_uri", "created_at"]
         events = sorted(catalogue.failures(config.tenant), key=lambda event: event.doc_id)
     else:
-        columns = ("doc_id", "version", "tokens", "rank", "bytes", "created_at")
+        columns = ["doc_id", "version", "adapter_id", "tokens", "rank", "bytes", "created_at", "hypernetwork"]
         events = sorted(catalogue.current(config.tenant), key=lambda event: event.doc_id)
-    shown = [_shown(event, columns) for event in islice(events, config.limit)]
+    shown = [{name: row[name] for name in columns} for row in map(_row, islice(events, config.limit))]
     return {"documents": shown, "count": len(events), "catalogue_version": catalogue.version}
 
 
+def show(config: ShowConfig) -> dict[str, Any]:
+    """All that is known of a document's adapter, and where it is.
+
+    Raises:
+        UserError: there is no such document, or not in that version.
+    """
+    catalogue = _open(config.store)
+    event = catalogue.resolve(config.tenant, config.document)
+    if event is None:  # ids may have an @ themselves
+        doc_id, _, version = config.document.rpartition("@")
+        event = catalogue.resolve(config.tenant, doc_id, version)
+    if event is None:
+        raise UserError(f"{config.document}: no such document of tenant {config.tenant} in {config.store}")
+    row = {name: value for name, value in _row(event).items() if name not in ("event", "stage", "reason")}
+    current = catalogue.resolve(config.tenant, event.doc_id) == event
+    return row | {"current": current, "location": AdapterStore(config.store).location(config.tenant, event.adapter_id)}
+
+
 def history(config: HistoryConfig) -> dict[str, Any]:
-    """All that happened to a document, oldest first, and where its current adapter is.
+    """All that happened to a document, oldest first, and which version is current.
 
     Raises:
         UserError: there is no such document.
@@ -88,13 +123,7 @@ def history(config: HistoryConfig) -> dict[str, Any]:
     if not events:
         raise UserError(f"{config.doc_id}: no such document of tenant {config.tenant} in {config.store}")
     current = catalogue.resolve(config.tenant, config.doc_id)
-    columns = ("event", "version", "tokens", "rank", "hypernetwork", "stage", "reason", "created_at")
-    location = current and AdapterStore(config.store).location(config.tenant, current.adapter_id)
-    return {
-        "current": current.version if current else "none",
-        "location": location,
-        "events": [_shown(event, columns) for event in events],
-    }
+    return {"current": current.version if current else None, "events": [_row(event) for event in events]}
 
 
 def vacuum(config: VacuumConfig) -> dict[str, Any]:
@@ -103,22 +132,38 @@ def vacuum(config: VacuumConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no catalogue, the storage fails, or the grace period is negative.
     """
-    if config.grace_hours < 0:
-        raise UserError(f"--grace-hours must not be negative, got {config.grace_hours}")
-    _open(config.store)  # without a catalogue nothing would be in use
-    grace = timedelta(hours=config.grace_hours)
-    return dataclasses.asdict(store_vacuum.vacuum(config.store, grace, config.dry_run))
+    if config.grace < 0:
+        raise UserError(f"--grace must not be negative, got {config.grace}")
+    return dataclasses.asdict(store_vacuum.vacuum(config.store, timedelta(hours=config.grace), config.dry_run))
 
 
 def erase(config: EraseConfig) -> dict[str, Any]:
-    """Delete a document and at once its adapters.
+    """Delete a document and at once its adapters (see `d2l.vacuum`).
 
     Raises:
         UserError: not confirmed, no such document, or the storage fails.
     """
     if not config.yes:
-        raise UserError(f"erasing {config.doc_id} of tenant {config.tenant} cannot be undone; give --yes")
-    return {"removed": store_vacuum.erase(config.store, config.tenant, config.doc_id)}
+        _confirm(f"Erase {config.doc_id} of tenant {config.tenant} from {config.store}? This cannot be undone.")
+    return dataclasses.asdict(store_vacuum.erase(config.store, config.tenant, config.doc_id))
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print documents or events, the columns that fit a terminal."""
+    from pipelines.cli import show as print_all
+
+    for table, columns in _PRINTED.items():
+        if table in report:
+            rows = [{name: row[name] for name in columns if name in row} for row in report[table]]
+            report = report | {table: rows}
+    print_all(report)
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise UserError(f"{question} Give --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was erased")
 
 
 def _open(root: str) -> Catalogue:
@@ -128,6 +173,8 @@ def _open(root: str) -> Catalogue:
     return catalogue
 
 
-def _shown(event: Event, columns: tuple[str, ...]) -> dict[str, Any]:
-    row = {name: getattr(event, name) for name in columns}
-    return row | {"created_at": f"{event.created_at:%Y-%m-%d %H:%M:%S} UTC"}
+def _row(event: Event) -> dict[str, Any]:
+    """What can be shown of an event: all but its embedding."""
+    row = dataclasses.asdict(event) | {"created_at": f"{event.created_at:%Y-%m-%d %H:%M:%S} UTC"}
+    del row["embedding"]
+    return row

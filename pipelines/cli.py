@@ -64,9 +64,18 @@ COMMANDS = {
     ),
     "convert": _Command("pipelines.convert.job:run", "ConvertConfig", "turn document collections into adapters"),
     "catalogue list": _Command(
-        "pipelines.catalogue:list_documents", "ListConfig", "the documents of a store, or those that failed"
+        "pipelines.catalogue:list_documents",
+        "ListConfig",
+        "the documents of a store, or those that failed",
+        "pipelines.catalogue:print_report",
     ),
-    "catalogue history": _Command("pipelines.catalogue:history", "HistoryConfig", "all that happened to a document"),
+    "catalogue show": _Command("pipelines.catalogue:show", "ShowConfig", "all that is known of a document's adapter"),
+    "catalogue history": _Command(
+        "pipelines.catalogue:history",
+        "HistoryConfig",
+        "all that happened to a document",
+        "pipelines.catalogue:print_report",
+    ),
     "catalogue vacuum": _Command(
         "pipelines.catalogue:vacuum", "VacuumConfig", "remove adapters that nobody can ask for any more"
     ),

@@ -1,20 +1,24 @@
 """What leaves a store and what stays, in a folder and on S3."""
 
 import threading
-from datetime import timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
-from d2l.adapter import COMMIT_MARK
+from d2l import storage as storage_module
+from d2l import vacuum as vacuum_module
+from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
+from d2l.storage import Storage
 from d2l.store import AdapterStore
-from d2l.vacuum import erase, vacuum
-from pipelines import catalogue as commands
+from d2l.vacuum import Vacuumed, erase, vacuum
 from tests.conftest import random_adapter
 
-NOW, DAY = timedelta(0), timedelta(days=1)
+NOW, MINUTE, DAY = timedelta(0), timedelta(minutes=1), timedelta(days=1)
 
 
 def digest(number: int) -> str:
@@ -22,9 +26,28 @@ def digest(number: int) -> str:
 
 
 @pytest.fixture
-def filled(root: str, tiny_llama: BaseModel) -> str:
+def adapter(tiny_llama: BaseModel) -> Adapter:
+    return random_adapter(tiny_llama)
+
+
+@pytest.fixture
+def aged(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Adapters whose files, as they are when added here, were written long ago."""
+    names: set[str] = set()
+    modified = storage_module._modified
+
+    def told(info: dict[str, Any]) -> datetime:
+        _, adapter_id, name = info["name"].rsplit("/", 2)
+        return modified(info) - (2 * DAY if adapter_id in names and "claim" not in name else NOW)
+
+    monkeypatch.setattr(storage_module, "_modified", told)
+    return names
+
+
+@pytest.fixture
+def filled(root: str, adapter: Adapter) -> str:
     """A store: two versions of `a`, a text that `b` and `c` share, a deleted `d`, an orphan, an unfinished upload."""
-    store, catalogue, adapter = AdapterStore(root), Catalogue(root), random_adapter(tiny_llama)
+    store, catalogue = AdapterStore(root), Catalogue(root)
     for number in range(1, 6):
         store.put("acme", digest(number), adapter)
     store.put("umbrella", digest(1), adapter)
@@ -38,7 +61,9 @@ def filled(root: str, tiny_llama: BaseModel) -> str:
 
 
 def left(root: str) -> set[tuple[str, int]]:
-    return {(folder.tenant, int(folder.adapter_id, 16)) for folder in AdapterStore(root).folders()}
+    """What has files; an empty folder may stay behind."""
+    store = AdapterStore(root)
+    return {(tenant, int(name, 16)) for tenant, name in store.folders() if store.look(tenant, name)}
 
 
 def test_only_what_nobody_can_ask_for_goes(filled: str) -> None:
@@ -63,9 +88,53 @@ def test_a_document_that_came_back_is_kept(filled: str) -> None:
     assert ("acme", 4) in left(filled)
 
 
-def test_beside_a_job_nothing_current_goes(root: str, tiny_llama: BaseModel) -> None:
-    """A job uploads, then commits; its adapters are younger than the grace period until then."""
-    adapter = random_adapter(tiny_llama)
+def test_an_interrupted_upload_has_its_time(filled: str, adapter: Adapter, aged: set[str]) -> None:
+    """What it wrote last counts: a job may be at it still."""
+    assert vacuum(filled, DAY).removed == 0
+    aged.add(digest(6))
+    report = vacuum(filled, DAY)
+    assert (report.removed, report.bytes) == (1, len(b"half"))
+    assert ("acme", 6) not in left(filled)
+    AdapterStore(filled).put("acme", digest(6), adapter)
+    AdapterStore(filled).get("acme", digest(6))
+
+
+def test_an_adapter_put_again_is_young_again(filled: str, adapter: Adapter, aged: set[str]) -> None:
+    """A job that finds the adapter of a deleted document has not committed its event yet."""
+    aged.update({digest(4), digest(5)})
+    AdapterStore(filled).put("acme", digest(4), adapter)
+    assert vacuum(filled, DAY).removed == 1
+    assert ("acme", 4) in left(filled)
+    Catalogue(filled).append([Event("acme", "d", "v1", "ready", digest(4))])
+    assert vacuum(filled, NOW).removed == 1  # what is left of the upload
+    AdapterStore(filled).get("acme", digest(4))
+
+
+def test_what_comes_into_use_meanwhile_is_kept(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vacuum_module, "_BATCH", 1)
+    remove = AdapterStore.remove
+    unused, removed = {4, 5, 6}, set()
+
+    def slow(store: AdapterStore, tenant: str, adapter_id: str) -> None:
+        remove(store, tenant, adapter_id)
+        removed.add(int(adapter_id, 16))
+        if len(removed) == 1:
+            events = [Event("acme", f"new{n}", "v1", "ready", digest(n)) for n in unused - removed]
+            Catalogue(filled).append(events)
+
+    monkeypatch.setattr(AdapterStore, "remove", slow)
+    report = vacuum(filled, NOW)
+    assert (report.kept, report.removed, len(removed)) == (6, 1, 1)
+
+
+def test_beside_a_job_and_a_reader_nothing_current_goes(root: str, adapter: Adapter, aged: set[str]) -> None:
+    """A job uploads, then commits; a server reads whatever is current; old adapters of deleted documents go."""
+    store, catalogue = AdapterStore(root), Catalogue(root)
+    for number in range(100, 104):
+        store.put("acme", digest(number), adapter)
+        catalogue.append([Event("acme", f"old{number}", "v1", "ready", digest(number))])
+        catalogue.append([Event("acme", f"old{number}", "v1", "deleted", digest(number))])
+        aged.add(digest(number))
 
     def job() -> None:
         store, catalogue = AdapterStore(root), Catalogue(root)
@@ -75,56 +144,143 @@ def test_beside_a_job_nothing_current_goes(root: str, tiny_llama: BaseModel) -> 
 
     thread = threading.Thread(target=job)
     thread.start()
+    removed = 0
     while thread.is_alive():
-        vacuum(root, timedelta(seconds=60))
+        removed += vacuum(root, MINUTE).removed
+        catalogue.refresh()
+        for event in catalogue.current("acme"):
+            store.get("acme", event.adapter_id)
     thread.join()
+    removed += vacuum(root, MINUTE).removed
+    assert removed == 4
     assert left(root) == {("acme", number) for number in range(8)}
+
+
+def test_who_finishes_what_is_being_removed_leaves_no_mark_without_weights(
+    root: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, name = AdapterStore(root), f"adapters/acme/{digest(1)}"
+    store.storage.create(f"{name}/{WEIGHTS_FILE}", adapter.files()[WEIGHTS_FILE])
+    create = Storage.create
+
+    def create_late(storage: Storage, file: str, data: bytes) -> bool:
+        if file.endswith(COMMIT_MARK):
+            store.remove("acme", digest(1))
+        return create(storage, file, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "create", create_late)
+        with pytest.raises(UserError, match="removed while"):
+            AdapterStore(root).put("acme", digest(1), adapter)
+    assert not store.exists("acme", digest(1))
+    store.put("acme", digest(1), adapter)
+    store.get("acme", digest(1))
+
+
+def test_a_mark_that_comes_while_weights_are_removed_goes_too(
+    filled: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, name = AdapterStore(filled), f"adapters/acme/{digest(1)}"
+    remove = Storage.remove
+
+    def marked(storage: Storage, file: str) -> None:
+        if file.endswith(WEIGHTS_FILE):
+            storage.create(f"{name}/{COMMIT_MARK}", b"{}")
+        remove(storage, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "remove", marked)
+        store.remove("acme", digest(1))
+    assert store.look("acme", digest(1)) is None
+
+
+def test_provenance_of_weights_that_are_gone_is_replaced(root: str, tiny_llama: BaseModel, adapter: Adapter) -> None:
+    other = random_adapter(tiny_llama, seed=1)
+    store = AdapterStore(root)
+    store.storage.create(f"adapters/acme/{digest(1)}/{PROVENANCE_FILE}", other.files()[PROVENANCE_FILE])
+    store.put("acme", digest(1), adapter)
+    store.get("acme", digest(1))  # checks the digest of the weights
+
+
+def test_the_mark_goes_first_and_the_weights_last(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = []
+
+    def cut_short(storage: Storage, file: str) -> None:
+        removed.append(file.rpartition("/")[2])
+        if file.endswith(WEIGHTS_FILE):
+            raise UserError("connection lost")
+
+    monkeypatch.setattr(Storage, "remove", cut_short)
+    with pytest.raises(UserError, match="connection lost"):
+        AdapterStore(filled).remove("acme", digest(1))
+    assert removed == [COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE]
+
+
+def test_what_is_no_adapter_is_left_alone(filled: str) -> None:
+    storage = Storage(filled)
+    for name in ("adapters/README", "adapters/Not-a-tenant/0123456789abcdef/file", "adapters/acme/notes/file"):
+        storage.create(name, b"somebody's")
+    vacuum(filled, NOW)
+    for name in ("adapters/README", "adapters/Not-a-tenant/0123456789abcdef/file", "adapters/acme/notes/file"):
+        assert storage.read(name) == b"somebody's"
+
+
+def test_without_a_catalogue_nothing_goes(root: str, adapter: Adapter) -> None:
+    AdapterStore(root).put("acme", digest(1), adapter)
+    with pytest.raises(UserError, match="no store with a catalogue"):
+        vacuum(root, NOW)
+    assert left(root) == {("acme", 1)}
 
 
 def test_erasing(filled: str) -> None:
     """A document's own adapters go, those that another has stay, and so do other tenants'; a reader sees it."""
     reader = Catalogue(filled)
-    assert erase(filled, "acme", "a") == 2
-    assert erase(filled, "acme", "b") == 0
+    report = erase(filled, "acme", "a")
+    assert (report.kept, report.removed) == (0, 2)
+    assert report.bytes > 0
+    assert erase(filled, "acme", "b") == Vacuumed(kept=1)
     reader.refresh()
     assert reader.resolve("acme", "a") is None
     assert reader.resolve("acme", "a", "v1") is None
     assert reader.resolve("umbrella", "a") is not None
     assert {("acme", 3), ("umbrella", 1)} <= left(filled)
     assert not {("acme", 1), ("acme", 2)} & left(filled)
-    assert erase(filled, "acme", "c") == 1
+    assert erase(filled, "acme", "c").removed == 1
+    assert erase(filled, "acme", "a") == Vacuumed()
     with pytest.raises(UserError, match="no such document"):
         erase(filled, "acme", "nobody")
 
 
-def test_the_mark_goes_first(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = AdapterStore(filled)
-
-    def cut_short(*_: object, **__: object) -> None:
-        raise OSError("connection lost")
-
-    monkeypatch.setattr(store.storage.filesystem, "rm", cut_short)
-    with pytest.raises(UserError, match="connection lost"):
-        store.remove("acme", digest(1))
-    assert not store.storage.exists(f"adapters/acme/{digest(1)}/{COMMIT_MARK}")
-    assert store.storage.exists(f"adapters/acme/{digest(1)}/adapter_model.safetensors")
+def test_erasing_what_a_clock_that_is_ahead_wrote(filled: str) -> None:
+    ahead = datetime.now(UTC) + DAY
+    Catalogue(filled).append([Event("acme", "a", "v3", "ready", digest(5), created_at=ahead)])
+    assert erase(filled, "acme", "a").removed == 3
+    assert Catalogue(filled).resolve("acme", "a") is None
 
 
-def test_commands(filled: str) -> None:
-    listed = commands.list_documents(commands.ListConfig(store=filled, tenant="acme", limit=2))
-    assert ([row["doc_id"] for row in listed["documents"]], listed["count"]) == (["a", "b"], 3)
-    assert listed["documents"][0]["version"] == "v2"
-    [failure] = commands.list_documents(commands.ListConfig(store=filled, tenant="acme", failed=True))["documents"]
-    assert (failure["doc_id"], failure["stage"], failure["reason"]) == ("e", "read", "no text")
-    told = commands.history(commands.HistoryConfig(doc_id="d", store=filled, tenant="acme"))
-    assert (told["current"], [event["event"] for event in told["events"]]) == ("none", ["ready", "deleted"])
-    told = commands.history(commands.HistoryConfig(doc_id="a", store=filled, tenant="acme"))
-    assert told["location"].endswith(f"adapters/acme/{digest(2)}")
-    with pytest.raises(UserError, match="--yes"):
-        commands.erase(commands.EraseConfig(doc_id="a", store=filled, tenant="acme"))
-    assert commands.erase(commands.EraseConfig(doc_id="a", store=filled, tenant="acme", yes=True)) == {"removed": 2}
-    assert commands.vacuum(commands.VacuumConfig(store=filled, grace_hours=0))["removed"] == 3
-    with pytest.raises(UserError, match="no store"):
-        commands.vacuum(commands.VacuumConfig(store=f"{filled}/nowhere"))
-    with pytest.raises(UserError, match="negative"):
-        commands.vacuum(commands.VacuumConfig(store=filled, grace_hours=-1))
+@pytest.fixture
+def tailed(filled: str) -> Iterator[list[dict[str, str]]]:
+    """What a reader sees as current, look after look, while the test goes on."""
+    reader, seen, done = Catalogue(filled), [], threading.Event()
+
+    def tail() -> None:
+        while not done.is_set():
+            reader.refresh()
+            seen.append({event.doc_id: event.adapter_id for event in reader.current("acme")})
+        reader.refresh()
+        seen.append({event.doc_id: event.adapter_id for event in reader.current("acme")})
+
+    thread = threading.Thread(target=tail)
+    thread.start()
+    yield seen
+    done.set()
+    thread.join()
+    assert set(seen[-1]) == {"b", "c"}
+
+
+def test_erasing_beside_a_reader(filled: str, tailed: list[dict[str, str]]) -> None:
+    while not tailed:
+        pass
+    assert erase(filled, "acme", "a").removed == 2
+    vacuum(filled, NOW)
+    assert {"b": digest(3), "c": digest(3)}.items() <= set.intersection(*(set(seen.items()) for seen in tailed))
