@@ -48,26 +48,34 @@ class AdapterStore:
         """
         folder = _folder(tenant, adapter_id)
         files = adapter.files()
-        if self.exists(tenant, adapter_id):
-            self._replace(f"{folder}/{_CLAIM}", datetime.now(UTC).isoformat().encode())
-        if not self.exists(tenant, adapter_id):  # looked at again: a vacuum that was faster did not see the claim
-            self._write(folder, files)
+        if not (self.exists(tenant, adapter_id) and self._claim(tenant, adapter_id)):
+            try:
+                whole = self._write(folder, files)
+            except FileNotFoundError:
+                whole = False
+            if not whole:
+                where = self.location(tenant, adapter_id)
+                raise UserError(f"{where}: removed while it was being finished; convert the document again")
         return sum(map(len, files.values()))
 
-    def _write(self, folder: str, files: dict[str, bytes]) -> None:
+    def _claim(self, tenant: str, adapter_id: str) -> bool:
+        """Say that an adapter is wanted; whether it is there still, for a vacuum may have been faster."""
+        self._replace(f"{_folder(tenant, adapter_id)}/{_CLAIM}", datetime.now(UTC).isoformat().encode())
+        return self.exists(tenant, adapter_id)
+
+    def _write(self, folder: str, files: dict[str, bytes]) -> bool:
+        """Whether the adapter is whole now; a vacuum may have removed what an unfinished write had left."""
         weights, mark = f"{folder}/{WEIGHTS_FILE}", f"{folder}/{COMMIT_MARK}"
         found = not self.storage.create(weights, files[WEIGHTS_FILE])
         if found:  # an unfinished write of the same work: those weights, equal up to rounding, are the adapter's now
-            try:
-                digest = hashlib.sha256(self.storage.read(weights)).hexdigest()
-            except FileNotFoundError:
-                raise self._removed(folder) from None
+            digest = hashlib.sha256(self.storage.read(weights)).hexdigest()
             files[PROVENANCE_FILE] = seal(json.loads(files[PROVENANCE_FILE]) | {"weights_sha256": digest})
         self._write_provenance(f"{folder}/{PROVENANCE_FILE}", files[PROVENANCE_FILE])
         self.storage.create(mark, files[COMMIT_MARK])
         if found and not self.storage.exists(weights):
             self.storage.remove(mark)
-            raise self._removed(folder)
+            return False
+        return True
 
     def _write_provenance(self, name: str, data: bytes) -> None:
         if self.storage.create(name, data):
@@ -75,9 +83,6 @@ class AdapterStore:
         found, own = (json.loads(text)["weights_sha256"] for text in (self.storage.read(name), data))
         if found != own:  # left over from weights that were removed
             self._replace(name, data)
-
-    def _removed(self, folder: str) -> UserError:
-        return UserError(f"{self.storage.url(folder)}: removed while it was being finished; convert the document again")
 
     def _replace(self, name: str, data: bytes) -> None:
         self.storage.remove(name)

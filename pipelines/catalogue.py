@@ -144,7 +144,7 @@ def erase(config: EraseConfig) -> dict[str, Any]:
         UserError: not confirmed, no such document, or the storage fails.
     """
     if not config.yes:
-        _confirm(f"Erase {config.doc_id} of tenant {config.tenant} from {config.store}? This cannot be undone.")
+        _confirm(f"erasing {config.doc_id} of tenant {config.tenant} from {config.store} cannot be undone")
     return dataclasses.asdict(store_vacuum.erase(config.store, config.tenant, config.doc_id))
 
 
@@ -159,10 +159,10 @@ def print_report(report: dict[str, Any]) -> None:
     print_all(report)
 
 
-def _confirm(question: str) -> None:
+def _confirm(warning: str) -> None:
     if not sys.stdin.isatty():
-        raise UserError(f"{question} Give --yes")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError(f"{warning}; give --yes")
+    if input(f"{warning}. Erase it? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("nothing was erased")
 
 

@@ -163,20 +163,21 @@ def test_beside_a_job_and_a_reader_nothing_current_goes(root: str, adapter: Adap
     assert left(root) == {("acme", number) for number in range(6)}
 
 
+@pytest.mark.parametrize("step", ["create", "read"])
 def test_who_finishes_what_is_being_removed_leaves_no_mark_without_weights(
-    root: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+    root: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     store, name = AdapterStore(root), f"adapters/acme/{digest(1)}"
     store.storage.create(f"{name}/{WEIGHTS_FILE}", adapter.files()[WEIGHTS_FILE])
-    create = Storage.create
+    do = getattr(Storage, step)
 
-    def create_late(storage: Storage, file: str, data: bytes) -> bool:
-        if file.endswith(COMMIT_MARK):
+    def late(storage: Storage, file: str, *data: bytes) -> Any:
+        if step == "read" or file.endswith(COMMIT_MARK):
             store.remove("acme", digest(1))
-        return create(storage, file, data)
+        return do(storage, file, *data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Storage, "create", create_late)
+        patched.setattr(Storage, step, late)
         with pytest.raises(UserError, match="removed while"):
             AdapterStore(root).put("acme", digest(1), adapter)
     assert not store.exists("acme", digest(1))
