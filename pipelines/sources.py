@@ -1,9 +1,10 @@
 """Sources: what `d2l convert DOCS` names, read by Ray Data: {doc_id, text, source_uri, extractor, stage, reason}.
 
 A source is a folder (searched through), a glob or a file, local or remote: text, Markdown, HTML, PDF and Word, a
-document a file, named by its path under the folder; JSONL and Parquet, a document a row, named by a column. What cannot
-be read becomes a row with the stage and reason of its failure, so every document is accounted for and one bad one stops
-nothing.
+document a file, named by its path under the folder; JSONL and Parquet, a document a row, named by a column. A folder
+that has `_delta_log` is a Delta table: of its Parquet files those count that its current version is made of. What
+cannot be read becomes a row with the stage and reason of its failure, so every document is accounted for and one bad
+one stops nothing.
 
 Where an id is given twice, the first by file and row is the document and the others are failures: for that, the ids of
 tables are read ahead of their texts. Driver memory grows with the number of documents: their ids and files' names.
@@ -15,10 +16,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.parquet
 import ray.data
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 from fsspec.core import has_magic
 
 from d2l.chunking import check_text
@@ -40,9 +44,9 @@ class SourceConfig:
     """How documents are found in their files."""
 
     id_column: str = "id"
-    """Column of JSONL and Parquet files that names the document."""
+    """Column of JSONL and Parquet files and Delta tables that names the document."""
     text_column: str = "text"
-    """Column of JSONL and Parquet files that holds its text."""
+    """Column of JSONL and Parquet files and Delta tables that holds its text."""
     max_bytes: int = 16 << 20
     """Longer files, and longer lines of JSONL files, are refused unread."""
 
@@ -52,9 +56,9 @@ class Part:
     """What one reading task reads."""
 
     kind: str
-    """`file` (each is a document), `jsonl` or `parquet`."""
+    """`file` (each is a document), `jsonl`, `parquet`, or `delta` (a Parquet file of a Delta table)."""
     root: str
-    """Folder or URL that the names are relative to."""
+    """Folder or URL that the names are relative to; the Delta table's own."""
     names: tuple[str, ...]
     """Files."""
 
@@ -89,9 +93,18 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
     for source in sources:
         root, files = find_files(source)
         storage = Storage(root)
+        tables = delta_tables(files)
+        for url in sorted({storage.url(table) for table in tables} - seen):
+            seen.add(url)
+            try:
+                parts.extend(Part("delta", url, (name,)) for name in delta_files(url))
+            except UserError as error:
+                failures.append(failure(f"{url.rpartition('/')[2]}#0", f"{url}/#0", "list", str(error)))
         texts: list[str] = []
         size = 0
         for name, length in sorted(files.items()):
+            if tables and _folders(name) & tables:
+                continue
             url = storage.url(name)
             kind = KINDS.get(PurePosixPath(name).suffix.lower())
             if url in seen or kind is None:
@@ -128,7 +141,7 @@ def read_part(part: Row, config: SourceConfig, winners: dict[str, str]) -> Itera
         return
     name = part["names"][0]
     for number, record in read_records(storage, name, part["kind"], [config.id_column, config.text_column], config):
-        uri = f"{storage.url(name)}#{number}"
+        uri = f"{_place(part)}{number}"
         doc_id = f"{name}#{number}"
         try:
             if isinstance(record, UserError):
@@ -142,6 +155,15 @@ def read_part(part: Row, config: SourceConfig, winners: dict[str, str]) -> Itera
             yield _row(doc_id, check_text(text, doc_id), uri)
         except UserError as error:
             yield failure(doc_id, uri, "read", str(error))
+
+
+def _place(part: Row) -> str:
+    """What a row's source_uri says before its number: the table, and `#`; of a Delta table its file, too.
+
+    Files of a Delta table come and go, and rows move among them, so it is the table that its documents come from.
+    """
+    storage, name = Storage(part["root"]), part["names"][0]
+    return f"{storage.root}/#{quote(name)}:" if part["kind"] == "delta" else f"{storage.url(name)}#"
 
 
 def failure(doc_id: str, source_uri: str, stage: str, reason: str) -> Row:
@@ -186,6 +208,40 @@ def find_files(source: str) -> tuple[str, dict[str, int]]:
     return root, {p.removeprefix(prefix): int(info.get("size") or 0) for p, info in found.items()}
 
 
+def delta_tables(names: Iterable[str]) -> set[str]:
+    """Folders among those of `names` that are Delta tables; the root is named by nothing."""
+    log = "/_delta_log/"
+    return {f"/{name}".partition(log)[0][1:] for name in names if log in f"/{name}"}
+
+
+def _folders(name: str) -> set[str]:
+    return {"" if folder == PurePosixPath(".") else str(folder) for folder in PurePosixPath(name).parents}
+
+
+def delta_files(url: str) -> list[str]:
+    """The files of a Delta table's current version, below it.
+
+    Raises:
+        UserError: it is damaged, or its files alone do not say which rows and columns it has.
+    """
+    try:
+        with reported(url):
+            table = DeltaTable(url, storage_options=Storage(url).delta_options())
+            names = [unquote(path) for path in pa.table(table.get_add_actions())["path"].to_pylist()]
+            deleted = any(batch.num_rows for batch in table.deletion_vectors())
+    except (DeltaError, FileNotFoundError, ValueError) as error:
+        raise UserError(f"{url}: the Delta table cannot be read ({one_line(error)})") from error
+    if deleted:
+        raise UserError(
+            f"{url}: the Delta table has deletion vectors; purge them first (REORG TABLE ... APPLY (PURGE))"
+        )
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        raise UserError(f"{url}: the Delta table maps its columns to other names; copy it to one that does not")
+    if odd := [name for name in names if "://" in name or name.startswith("/") or ".." in PurePosixPath(name).parts]:
+        raise UserError(f"{url}: the Delta table refers to files elsewhere ({odd[0]}); copy it to one that does not")
+    return sorted(names)
+
+
 def _parent(root: str) -> str:
     return root.rstrip("/").rpartition("/")[0] or "/"
 
@@ -204,15 +260,15 @@ def _unfit(name: str, size: int, url: str, first: dict[str, str], config: Source
 def _read_ids(tables: list[Part], first: dict[str, str], config: SourceConfig) -> tuple[int, dict[str, str]]:
     """Number of rows in tables, and which row counts of each id that is given twice; files count before rows."""
     rows = 0
-    place: dict[str, tuple[str, int]] = {}
+    places: dict[str, tuple[str, int]] = {}
     twice: set[str] = set()
     for row in _dataset(tables).flat_map(_read_row_ids, fn_args=(config,)).iter_rows() if tables else ():
         rows += 1
-        doc_id, found = row["doc_id"], (row["url"], row["row"])
-        if doc_id in place or doc_id in first:
+        doc_id, found = row["doc_id"], (row["place"], row["row"])
+        if doc_id in places or doc_id in first:
             twice.add(doc_id)
-        place[doc_id] = min(place.get(doc_id, found), found)
-    return rows, {doc_id: first.get(doc_id) or "{}#{}".format(*place[doc_id]) for doc_id in twice}
+        places[doc_id] = min(places.get(doc_id, found), found)
+    return rows, {doc_id: first.get(doc_id) or "{}{}".format(*places[doc_id]) for doc_id in twice}
 
 
 def _dataset(parts: list[Part]) -> ray.data.Dataset:
@@ -224,7 +280,7 @@ def _read_row_ids(part: Row, config: SourceConfig) -> Iterator[Row]:
     for number, record in read_records(storage, name, part["kind"], [config.id_column], config):
         try:
             if not isinstance(record, UserError):
-                yield {"doc_id": _doc_id(record, config), "url": storage.url(name), "row": number}
+                yield {"doc_id": _doc_id(record, config), "place": _place(part), "row": number}
         except UserError:  # it is a failure when its text is read
             continue
 
@@ -257,7 +313,7 @@ def read_records(
     """Rows of a table, numbered from 1, with why one cannot be read; number 0 is the table as a whole."""
     try:
         with reported(name), storage.filesystem.open(storage.path(name), "rb") as stream:
-            yield from _parquet_rows(stream, columns) if kind == "parquet" else _jsonl_rows(stream, config.max_bytes)
+            yield from _jsonl_rows(stream, config.max_bytes) if kind == "jsonl" else _parquet_rows(stream, columns)
     except (UserError, FileNotFoundError, pa.ArrowException) as error:
         yield 0, UserError(f"{name}: cannot be read ({one_line(error)})")
 

@@ -1,7 +1,13 @@
 """Text out of files of every kind, and what is said of bad and hostile ones."""
 
 import io
+import os
+import signal
+import struct
+import threading
+import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +17,8 @@ import pytest
 from pypdf import PdfReader, PdfWriter
 
 from d2l.errors import UserError
+from pipelines import extract as module
+from pipelines import readers
 from pipelines.extract import extract, extractor_of
 
 
@@ -60,6 +68,36 @@ def with_member(data: bytes, name: str, content: bytes) -> bytes:
         for member in old.namelist():
             new.writestr(member, content if member == name else old.read(member))
     return stream.getvalue()
+
+
+def lying(data: bytes, declared: int) -> bytes:
+    """A Word file whose part of 200 MiB declares other bytes, with the checksum of what it declares."""
+    full, short = bytes(200 << 20), bytes(declared)
+    data = with_member(data, "docProps/app.xml", full)
+    for old, new in ((len(full), declared), (zlib.crc32(full), zlib.crc32(short))):
+        assert struct.pack("<I", old) in data
+        data = data.replace(struct.pack("<I", old), struct.pack("<I", new))
+    return data
+
+
+def packed(data: bytes, method: int) -> bytes:
+    """A Word file packed by another method."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w", method) as new:
+        for member in old.namelist():
+            new.writestr(member, old.read(member))
+    return stream.getvalue()
+
+
+def slow_pdf(pages: int) -> bytes:
+    """Small, with pages of one stream that is work for seconds each."""
+    stream = zlib.compress(b"BT /F1 12 Tf " + b"(a) Tj " * 300_000 + b"ET", 9)
+    kids = b" ".join(b"3 0 R" for _ in range(pages))
+    data = pdf("x").replace(b"[3 0 R] /Count 1", b"[%s] /Count %d" % (kids, pages))
+    head, _, rest = data.partition(b"4 0 obj\n")
+    tail = rest[rest.index(b"endobj") :].partition(b"xref")[0]
+    content = b"<< /Length %d /Filter /FlateDecode >>\nstream\n%s\nendstream\n" % (len(stream), stream)
+    return head + b"4 0 obj\n" + content + tail + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n0\n%%EOF"
 
 
 def filled(document: docx.document.Document) -> None:
@@ -119,6 +157,8 @@ def test_text_is_taken_as_it_is() -> None:
         ("cut.docx", word(filled)[:-2000], "damaged"),
         ("other.docx", zipfile.ZipFile(stream := io.BytesIO(), "w").close() or stream.getvalue(), "damaged"),
         ("bomb.docx", with_member(word(filled), "docProps/app.xml", bytes(300 << 20)), "zip bomb"),
+        ("lie.docx", lying(word(filled), 100), "bomb|CRC"),
+        ("bz2.docx", packed(word(filled), zipfile.ZIP_BZIP2), "packed as no Word file"),
         ("laughs.docx", with_member(word(filled), "word/document.xml", BOMB + b"]><a>&j;</a>"), "damaged"),
         ("blank.docx", word(lambda document: document.add_paragraph(" ")), "empty"),
         ("empty.html", b"", "empty"),
@@ -148,3 +188,44 @@ def test_external_entities_are_not_read(tmp_path: Path) -> None:
     hostile = head + b"?>" + doctype + rest.replace(b"The end.", b"&e;")
     with suppress(UserError):
         assert "top secret" not in extract(with_member(word(filled), "word/document.xml", hostile), "x.docx")
+
+
+def test_a_file_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"slow\.pdf: takes more than 2 s"):
+        extract(slow_pdf(100), "slow.pdf")
+    assert time.monotonic() - began < 10
+    assert "4821" in extract(pdf("The number is 4821."), "next.pdf")
+
+
+def test_a_reader_that_dies_takes_nothing_with_it() -> None:
+    """Whether it dies between files, or at one, as where the system is out of memory."""
+    good = pdf("The number is 4821.")
+    extract(good, "x.pdf")
+    process = module._reader._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "4821" in extract(good, "x.pdf")
+    process = module._reader._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    timer = threading.Timer(0.5, process.kill)
+    timer.start()
+    with pytest.raises(UserError, match=r"x\.pdf: ended the process that read it \(code -9\)"):
+        extract(good, "x.pdf")
+    assert "4821" in extract(good, "x.pdf")
+
+
+def test_memory_is_bounded() -> None:
+    """200 MB of XML elements would be gigabytes as a tree."""
+    body = b"<w:p/>" * (35 << 20)
+    head = b'<w:document xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"><w:body>'
+    wide = with_member(word(filled), "word/document.xml", head + body + b"</w:body></w:document>")
+    with pytest.raises(UserError, match=r"wide\.docx: (takes more than|damaged)"):
+        extract(wide, "wide.docx")
+    process = module._reader._process
+    assert process is not None
+    peak = Path(f"/proc/{process.pid}/status").read_text().partition("VmPeak:")[2].split()[0]
+    assert int(peak) << 10 <= readers.MEMORY
