@@ -24,6 +24,7 @@ MEMORY = 2 << 30
 _MOST_EXPANDED = 256 << 20
 """Bytes that a Word file may unpack to: 16 times the default of `max_bytes`; honest ones stay below 10 times."""
 _MOST_CHARACTERS = 64 << 20
+_DEPTH = 10_000
 _PIECE = 1 << 20
 
 
@@ -35,6 +36,7 @@ def main(connection: Connection) -> None:
     """Answer requests until the other side is gone."""
     with suppress(ValueError, OSError):  # macOS knows the limit, but does not take it
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    sys.setrecursionlimit(_DEPTH)
     with suppress(EOFError, BrokenPipeError):
         while True:
             request = json.loads(connection.recv_bytes())
@@ -50,6 +52,8 @@ def _answer(suffix: str, data: bytes) -> tuple[bytes, str]:
         return b"+", read(data, suffix)
     except Unreadable as error:
         return b"-", str(error)
+    except RecursionError:
+        return b"-", f"is nested too deeply; {_DEPTH:,} calls do not reach the bottom"
     except MemoryError:
         return b"-", f"takes more than {MEMORY >> 20:,} MiB of memory to read"
     except Exception as error:  # parsers fail on hostile files in every way there is

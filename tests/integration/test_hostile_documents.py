@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from pipelines import extract
 from pipelines.sources import SourceConfig, list_documents, read_part
-from tests.unit.test_extract import BOMB, PAGE, encrypted, filled, pdf, with_member, word
+from tests.unit.test_extract import BOMB, PAGE, encrypted, filled, lying, packed, pdf, slow_pdf, with_member, word
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 _MAX_BYTES = 8 << 20
@@ -25,6 +27,9 @@ GOOD = {
     "good.docx": word(filled),
     "..%2f..%2fetc%2fpasswd.txt": b"A name that would like to be a path.",
     "one long line.txt": b"word " * (1 << 20),
+    "bell\a.txt": b"A control character in a name.",
+    "folder.pdf/page.htm": b"<p>A folder that is named like a file.",
+    "nested.html": b"<ul><li>a" * 200 + b"</li></ul>" * 200,
     "unclosed.html": b"<p>The number <b>is 4821",
 }
 BAD = {
@@ -39,6 +44,12 @@ BAD = {
     "empty.html": b"",
     "script.html": b"<script>alert(1)</script>",
     "picture.html": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "deep.html": b"<div>" * 50_000 + b"bottom" + b"</div>" * 50_000,
+    "nul.pdf": bytes(1000),
+    "slow.pdf": slow_pdf(100),
+    "picture.docx": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "lie.docx": lying(word(filled), 100),
+    "bz2.docx": packed(word(filled), zipfile.ZIP_BZIP2),
     "empty.pdf": b"",
     "encrypted.pdf": encrypted("secret"),
     "scan.pdf": pdf(),
@@ -67,13 +78,17 @@ LINES = [
 ]
 
 
-def test_every_document_is_accounted_for(tmp_path: Path) -> None:
+def test_every_document_is_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "SECONDS", 10)
     for name, data in (GOOD | BAD).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     (tmp_path / "lines.jsonl").write_text("\n".join(LINES))
     pyarrow.parquet.write_table(pa.table({"id": ["row"], "other": ["x"]}), tmp_path / "columns.parquet")
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "table" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "table" / "_delta_log" / "00000000000000000000.json").write_bytes(b"\0{")
+    (tmp_path / "broken link.txt").symlink_to("nowhere")
     config = SourceConfig(max_bytes=_MAX_BYTES)
     tracemalloc.start()
     listing = list_documents([str(tmp_path)], config)
@@ -87,8 +102,12 @@ def test_every_document_is_accounted_for(tmp_path: Path) -> None:
     assert all(row["reason"] and "\n" not in row["reason"] and not row["text"] for row in failed)
     files = {row["doc_id"]: row["stage"] for row in failed}
     assert set(BAD) - {"auto"} <= set(files)
-    assert files["huge line.txt"] == "list"
+    assert files["huge line.txt"] == files["table#0"] == "list"
+    assert files["broken link.txt"] == "read"
+    assert listing.documents <= len(rows)
     assert {files[name] for name in BAD if name.endswith((".pdf", ".docx", ".html"))} == {"extract"}
-    assert len(failed) == len(BAD) - 1 + len(LINES) - 2 + 2
+    others = {"table#0", "broken link.txt", "columns.parquet#0", "damaged.parquet#0"}
+    assert others <= set(files)
+    assert len(failed) == len(BAD) - 1 + len(LINES) - 2 + len(others)
     assert listing.ignored == 1  # the file `auto`, of no known kind
     assert peak < 20 * _MAX_BYTES
