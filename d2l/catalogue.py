@@ -124,6 +124,18 @@ class Catalogue:
         self._files: set[str] = set()
         self.refresh()
 
+    @classmethod
+    def existing(cls, root: str | Path) -> "Catalogue":
+        """Open a catalogue that must be there.
+
+        Raises:
+            UserError: it is not, or the storage fails.
+        """
+        catalogue = cls(root)
+        if catalogue.version < 0:
+            raise UserError(f"{root}: no store with a catalogue; `d2l convert` makes one")
+        return catalogue
+
     @property
     def version(self) -> int:
         """Version of the table as last seen; -1 before there is one."""

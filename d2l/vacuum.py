@@ -67,9 +67,7 @@ def vacuum(root: str | Path, grace: timedelta, dry_run: bool = False) -> Vacuume
     """
     store = AdapterStore(root)
     places = list(store.folders())
-    catalogue = Catalogue(root)
-    if catalogue.version < 0:
-        raise UserError(f"{root}: no store with a catalogue; `d2l convert` makes one")
+    catalogue = Catalogue.existing(root)
     remove = partial(_remove, store, datetime.now(UTC) - grace, dry_run)
     report = Vacuumed(kept=len(places))
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -118,9 +116,9 @@ def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:
         What was removed, and how many adapters were kept for other documents with the same text.
 
     Raises:
-        UserError: there is no such document, or the storage fails; then erase it again.
+        UserError: there is no such document or no catalogue, or the storage fails; then erase it again.
     """
-    catalogue, store = Catalogue(root), AdapterStore(root)
+    catalogue, store = Catalogue.existing(root), AdapterStore(root)
     events = catalogue.history(tenant, doc_id)
     if not events:
         raise UserError(f"{doc_id}: no such document of tenant {tenant} in {root}; see `d2l catalogue list`")

@@ -13,6 +13,7 @@ from d2l import vacuum as store_vacuum
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
 from d2l.store import AdapterStore
+from pipelines.cli import show as print_all
 
 _PRINTED = {
     "documents": ("doc_id", "version", "stage", "reason", "tokens", "rank", "bytes", "created_at"),
@@ -83,7 +84,7 @@ def list_documents(config: ListConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no catalogue, or it cannot be read.
     """
-    catalogue = _open(config.store)
+    catalogue = Catalogue.existing(config.store)
     if config.failed:
         columns = ["doc_id", "version", "stage", "reason", "source_uri", "created_at"]
         events = sorted(catalogue.failures(config.tenant), key=lambda event: event.doc_id)
@@ -100,7 +101,7 @@ def show(config: ShowConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no such document, or not in that version.
     """
-    catalogue = _open(config.store)
+    catalogue = Catalogue.existing(config.store)
     event = catalogue.resolve(config.tenant, config.document)
     if event is None:  # ids may have an @ themselves
         doc_id, _, version = config.document.rpartition("@")
@@ -118,7 +119,7 @@ def history(config: HistoryConfig) -> dict[str, Any]:
     Raises:
         UserError: there is no such document.
     """
-    catalogue = _open(config.store)
+    catalogue = Catalogue.existing(config.store)
     events = catalogue.history(config.tenant, config.doc_id)
     if not events:
         raise UserError(f"{config.doc_id}: no such document of tenant {config.tenant} in {config.store}")
@@ -150,8 +151,6 @@ def erase(config: EraseConfig) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print documents or events, the columns that fit a terminal."""
-    from pipelines.cli import show as print_all
-
     for table, columns in _PRINTED.items():
         if table in report:
             rows = [{name: row[name] for name in columns if name in row} for row in report[table]]
@@ -164,13 +163,6 @@ def _confirm(warning: str) -> None:
         raise UserError(f"{warning}; give --yes")
     if input(f"{warning}. Erase it? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("nothing was erased")
-
-
-def _open(root: str) -> Catalogue:
-    catalogue = Catalogue(root)
-    if catalogue.version < 0:
-        raise UserError(f"{root}: no store with a catalogue; `d2l convert` makes one")
-    return catalogue
 
 
 def _row(event: Event) -> dict[str, Any]:

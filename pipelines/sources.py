@@ -93,8 +93,8 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
     for source in sources:
         root, files = find_files(source)
         storage = Storage(root)
-        tables = delta_tables(files)
-        for url in sorted({storage.url(table) for table in tables} - seen):
+        tables, files = split_tables(storage, files)
+        for url in sorted(set(tables) - seen):
             seen.add(url)
             try:
                 parts.extend(Part("delta", url, (name,)) for name in delta_files(url))
@@ -103,8 +103,6 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
         texts: list[str] = []
         size = 0
         for name, length in sorted(files.items()):
-            if tables and _folders(name) & tables:
-                continue
             url = storage.url(name)
             kind = KINDS.get(PurePosixPath(name).suffix.lower())
             if url in seen or kind is None:
@@ -208,10 +206,12 @@ def find_files(source: str) -> tuple[str, dict[str, int]]:
     return root, {p.removeprefix(prefix): int(info.get("size") or 0) for p, info in found.items()}
 
 
-def delta_tables(names: Iterable[str]) -> set[str]:
-    """Folders among those of `names` that are Delta tables; the root is named by nothing."""
+def split_tables(storage: Storage, files: dict[str, int]) -> tuple[list[str], dict[str, int]]:
+    """The Delta tables in a folder, by their URLs, and its files outside of them."""
     log = "/_delta_log/"
-    return {f"/{name}".partition(log)[0][1:] for name in names if log in f"/{name}"}
+    tables = {f"/{name}".partition(log)[0][1:] for name in files if log in f"/{name}"}  # "" is the folder itself
+    outside = {name: size for name, size in files.items() if not tables or not _folders(name) & tables}
+    return sorted(map(storage.url, tables)), outside
 
 
 def _folders(name: str) -> set[str]:

@@ -1,8 +1,8 @@
 """`d2l bench convert`: what the job's machinery costs, and what batching saves, in one run on the same documents.
 
 - `ratio_to_loop`: documents per second of the job's actor, fed by Ray Data and uploading, against a bare loop in one
-  process that reads the same files, internalizes them in the library's batches and uploads with 4 threads. Both are
-  timed by their commit marks, from the end of the first batch to that of the last: without start-up;
+  process that reads the same files, internalizes them in the library's batches and uploads with as many threads. Both
+  are timed by their commit marks, from the end of the first batch to that of the last: without start-up;
 - `batched_to_single`: the library's batching against one document at a time, without storage;
 - `shares`: of the loop's time: reading, internalizing, and waiting for uploads at the end of a batch.
 """
@@ -23,10 +23,10 @@ from d2l.tasks.needle import NeedleConfig, make_sample
 from pipelines import cluster
 from pipelines.bench.timing import interleaved
 from pipelines.convert import ConversionConfig, convert
+from pipelines.convert.actor import UPLOADS
 from pipelines.convert.journal import results
 from pipelines.sources import SourceConfig, list_documents, read_documents
 
-_UPLOADS = 4
 _LENGTHS = (100, 500)
 """Tokens of the shortest and the longest document."""
 
@@ -87,7 +87,7 @@ def _loop(model: DocToLora, files: Sequence[Path], root: str, batch_documents: i
     """Convert in one process; where the time went."""
     store = AdapterStore(root)
     spent = {"read": 0.0, "internalize": 0.0, "upload_wait": 0.0}
-    with ThreadPoolExecutor(_UPLOADS) as pool:
+    with ThreadPoolExecutor(UPLOADS) as pool:
         for start in range(0, len(files), batch_documents):
             began = time.perf_counter()
             documents = [Document(path.read_text(), path.name) for path in files[start : start + batch_documents]]

@@ -39,7 +39,7 @@ from pipelines.sources import Row
 
 ABORT = "abort"
 """Event, on its way to the driver only, that ends the job with its reason."""
-_UPLOADS = 4
+UPLOADS = 4
 """Adapters that one actor uploads at a time, while it goes on internalizing."""
 _BLOCK_BYTES = 16 << 20
 """Texts between reading and internalizing travel in blocks of this size at most."""
@@ -192,7 +192,7 @@ class Converter:
                     works.append(self._plan(row))
             except UserError as error:
                 results.append(self._failed(row, "read", str(error)))
-        with ThreadPoolExecutor(_UPLOADS) as pool:
+        with ThreadPoolExecutor(UPLOADS) as pool:
             return results + list(self._convert(works, pool))
 
     def _plan(self, row: Row) -> "_Work":
@@ -217,7 +217,7 @@ class Converter:
                 yield self._failed(wanted[index].facts, "internalize", str(adapter))
                 continue
             uploads.append(pool.submit(self._upload, wanted[index], adapter))
-            while len(uploads) > 2 * _UPLOADS:  # every waiting adapter is megabytes
+            while len(uploads) > 2 * UPLOADS:  # every waiting adapter is megabytes
                 yield uploads.popleft().result()
         yield from (upload.result() for upload in uploads)
 

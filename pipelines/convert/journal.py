@@ -28,8 +28,8 @@ class Journal:
 
         Args:
             catalogue: what is appended to.
-            rows: how many events a commit has, about; fewer when
-            seconds: have passed since the last one.
+            rows: events to a commit, about.
+            seconds: between commits at most, while results come.
         """
         self.counts: Counter[str] = Counter()
         self.tokens = 0
@@ -62,8 +62,8 @@ class Journal:
 
     def commit(self) -> None:
         """Append what the catalogue has not seen."""
-        events, self._events = self._events, []
-        self._catalogue.append(events)
+        self._catalogue.append(self._events)  # if it fails, the next commit tries them again
+        self._events = []
         self._committed = time.monotonic()
 
     def report(self) -> dict[str, Any]:

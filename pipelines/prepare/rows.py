@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 from d2l.chunking import check_text
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
-from pipelines.sources import KINDS, SourceConfig, find_files, read_files, read_records
+from pipelines.sources import (
+    KINDS,
+    SourceConfig,
+    delta_files,
+    find_files,
+    read_files,
+    read_records,
+    split_tables,
+)
 
 SPLITS = ("train", "dev", "test")
 """Folders of a training set. A text that is in several counts in the last: what is held out stays so."""
@@ -57,7 +65,7 @@ class SourceFile:
     number: int
     """Its place among all."""
     kind: str
-    """`text`, `jsonl`, `parquet`; or `huge`, text files that are refused unread."""
+    """`file`, `jsonl`, `parquet`; or `huge`, files that are refused unread."""
     root: str
     """Folder or URL that the names are relative to."""
     names: tuple[str, ...]
@@ -80,7 +88,7 @@ def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[Sou
     """The files of all sources, in a fixed order, each once; and how many files of other kinds there are.
 
     Raises:
-        UserError: a source does not exist, or has no file of a known kind.
+        UserError: a source does not exist, has no file of a known kind, or a Delta table that cannot be read.
     """
     found: list[SourceFile] = []
     seen: set[str] = set()
@@ -88,6 +96,10 @@ def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[Sou
     for source in sources:
         root, files = find_files(source)
         storage = Storage(root)
+        tables, files = split_tables(storage, files)
+        for url in sorted(set(tables) - seen):
+            seen.add(url)
+            found.extend(SourceFile(len(found) + n, "parquet", url, (name,)) for n, name in enumerate(delta_files(url)))
         texts: dict[str, list[str]] = {"file": [], "huge": []}
         for name, size in sorted(files.items()):
             kind = KINDS.get(PurePosixPath(name).suffix.lower())

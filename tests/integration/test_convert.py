@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import ray
 import torch
+from deltalake import write_deltalake
 from mlflow.tracking import MlflowClient
 from moto.s3.responses import S3Response
 
@@ -211,6 +212,19 @@ def test_sync_deletes_what_has_vanished(hypernetwork: Path, tmp_path: Path) -> N
     assert set(current(store)) == set(TEXTS) - {"harbour.txt"} | {"a", "other.txt"}
     with pytest.raises(UserError, match="give folders"):
         run([docs / "rows.jsonl"], store, hypernetwork, sync=True)
+
+
+def test_sync_of_a_delta_table(hypernetwork: Path, tmp_path: Path) -> None:
+    """What its current version has no more is deleted; nothing is while it cannot be read."""
+    store, table = str(tmp_path / "store"), tmp_path / "docs/table"
+    for ids, expected, deleted in (("ab", {"a", "b"}, 0), ("b", {"b"}, 1)):
+        rows = [{"id": name, "text": f"Row {name}."} for name in ids]
+        write_deltalake(table, pa.Table.from_pylist(rows), mode="overwrite")
+        assert run([tmp_path / "docs"], store, hypernetwork, sync=True)["deleted"] == deleted
+        assert set(current(store)) == expected
+    (table / "_delta_log/00000000000000000001.json").write_text("{")
+    report = run([tmp_path / "docs"], store, hypernetwork, sync=True)
+    assert (report["failed"], report["deleted"], set(current(store))) == (1, 0, {"b"})
 
 
 def test_too_many_failures_end_the_job_and_keep_what_was_done(hypernetwork: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
@@ -50,6 +51,17 @@ def read(*sources: Path, config: SourceConfig | None = None, parts: int = 1) -> 
 
 def group(rows: list[Row], need_answers: bool = True, dev: float = 0.0, test: float = 0.0) -> list[Row]:
     return list(group_documents(rows, need_answers, dev, test))
+
+
+def test_of_a_delta_table_the_current_version_counts(tmp_path: Path) -> None:
+    for mode, text in (("append", "Overwritten."), ("overwrite", HARBOUR)):
+        rows = [{"context": text, "question": "What number?", "answers": ["4821"]}]
+        write_deltalake(tmp_path / "in/table", pa.Table.from_pylist(rows), mode=mode)
+    write(tmp_path / "in/beside.jsonl", [{"context": MODEL, "question": "What reads?", "answers": ["A hypernetwork"]}])
+    assert {row["document"] for row in group(read(tmp_path / "in", tmp_path / "in/table"))} == {HARBOUR, MODEL}
+    (tmp_path / "in/table/_delta_log/00000000000000000001.json").write_text("{")
+    with pytest.raises(UserError, match="the Delta table cannot be read"):
+        read(tmp_path / "in")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
