@@ -38,6 +38,11 @@ COMMANDS = {
     "train needle": _Command(
         "pipelines.training.job:train", "pipelines.training.job:needle_run", "meta-train a hypernetwork to find needles"
     ),
+    "train facts": _Command(
+        "pipelines.training.job:train",
+        "pipelines.training.job:facts_run",
+        "meta-train one on made-up facts",
+    ),
     "train qa": _Command(
         "pipelines.training.job:train", "pipelines.training.job:qa_run", "meta-train one to answer questions"
     ),

@@ -32,5 +32,9 @@ def connect(worker_output: bool = True) -> None:
 
 
 def share_cores(processes: int) -> None:
-    """Give torch this process's share of the machine's cores; Ray allows it as many threads as CPUs it reserved."""
+    """Give torch, in this thread, the process's share of the machine's cores; Ray allows as many as CPUs it reserved.
+
+    The setting is the calling thread's own, and Ray Data calls an actor in another thread than it made it in: call this
+    where the work is done.
+    """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

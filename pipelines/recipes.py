@@ -6,7 +6,7 @@ from d2l.chunking import ChunkingConfig
 from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig
-from pipelines.training.tasks import NeedleTask, QuestionsTask, RepeatTask, Task
+from pipelines.training.tasks import FactsTask, NeedleTask, QuestionsTask, RepeatTask, Task
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,16 @@ def needle() -> Recipe:
             Stage(60, (Share(NeedleTask(60, 256, keyed=0.6, prose=0.5)),), batch_tokens=3000),
             Stage(160, (Share(NeedleTask(256, 3072, keyed=0.6, prose=0.5)),), batch_tokens=6144),
         ),
+    )
+
+
+def facts() -> Recipe:
+    """Answer questions about generated facts, in other words than the document's: from copying to reading."""
+    mixture = (Share(FactsTask(), 0.7), Share(RepeatTask(max_tokens=128), 0.3))
+    easy = (Share(FactsTask(max_facts=4), 0.7), Share(RepeatTask(max_tokens=128), 0.3))
+    return Recipe(
+        hypernetwork=_HYPERNETWORK,
+        stages=(Stage(300, easy, batch_tokens=1024), Stage(700, mixture, batch_tokens=1536)),
     )
 
 

@@ -95,7 +95,7 @@ class Teacher:
             batch_tokens: tokens of one forward pass, padding included; attention takes their square in the worst case.
             processes: how many of a kind share this machine's cores.
         """
-        cluster.share_cores(processes)
+        self.processes = processes
         self.base = load_base_model(base, device, dtype)
         self.batch_tokens = batch_tokens
         config = self.base.model.config.get_text_config()
@@ -131,6 +131,7 @@ class Teacher:
     @torch.no_grad()
     def targets(self, documents: Sequence[Sequence[Example]]) -> list[list[Targets] | None]:
         """Targets of each document's examples; None for a document that does not fit the window with each of them."""
+        cluster.share_cores(self.processes)
         found: list[list[Targets | None] | None] = []
         trees: list[_Tree] = []
         for number, examples in enumerate(documents):

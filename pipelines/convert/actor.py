@@ -152,7 +152,6 @@ class Converter:
             checkpoint: of its hypernetwork.
             known: sorted array of the keys (`_key`) of what the catalogue has, in Ray's object store.
         """
-        cluster.share_cores(config.max_workers or config.workers)
         self.config = config
         self.checkpoint = checkpoint
         self.known = ray.get(known)
@@ -171,6 +170,7 @@ class Converter:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Results of a batch of documents."""
+        cluster.share_cores(self.config.max_workers or self.config.workers)
         try:
             results = self._results(batch.to_pylist())
         except UserError as error:  # not one document's fault; a row, for Ray would bury an exception in its own text

@@ -37,7 +37,6 @@ class Examiner:
     """The actor: documents in, trials out."""
 
     def __init__(self, config: "EvaluateNeedleConfig"):
-        cluster.share_cores(config.workers)
         self.config = config
         self.ranks = sorted((rank for rank in config.ranks if rank), reverse=True)
         limits = InternalizeConfig(max_rank=self.ranks[0])
@@ -49,6 +48,7 @@ class Examiner:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Lines for the log, and how many answers of each are right with the stored adapter."""
+        cluster.share_cores(self.config.workers)
         trials = self._examine(batch.to_pylist())
         right = [sum(map(exact_match, trial.asked[0].answers, trial.expected)) for trial in trials]
         return pa.table({"trial": [trial.line() for trial in trials], "right": right})

@@ -112,13 +112,14 @@ class Completer:
     """The actor: greedy completions with transformers."""
 
     def __init__(self, model: str, max_new_tokens: int, config: GenerationConfig, workers: Workers):
-        cluster.share_cores(workers.count)
+        self.workers = workers
         self.base = load_base_model(model, workers.device, workers.dtype)
         self.sampling = SamplingConfig(max_new_tokens=max_new_tokens)
         self.config = config
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """Requests with their completions."""
+        cluster.share_cores(self.workers.count)
         found = [Completion(None, False)] * len(requests)
         window = self.base.model.config.get_text_config().max_position_embeddings - self.sampling.max_new_tokens
         prompts = {}

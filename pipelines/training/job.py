@@ -89,6 +89,11 @@ def needle_run() -> TrainConfig:
     return TrainConfig(recipes.needle())
 
 
+def facts_run() -> TrainConfig:
+    """The default of `d2l train facts`."""
+    return TrainConfig(recipes.facts(), "runs/facts")
+
+
 def qa_run() -> TrainConfig:
     """The default of `d2l train qa`."""
     return TrainConfig(recipes.qa(), "runs/qa")

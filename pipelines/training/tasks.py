@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from d2l.base_model import prompt_ids
 from d2l.chunking import ChunkingConfig, document_ids, split_evenly
 from d2l.errors import UserError
+from d2l.tasks.facts import MAX_FACTS, FactsConfig, make_facts
 from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
 from pipelines.prose import load_prose
 from pipelines.teacher import TOP, Targets, answer_ids
@@ -53,6 +54,24 @@ class NeedleTask:
 
 
 @dataclass(frozen=True)
+class FactsTask:
+    """Documents of facts, made on the fly (see `d2l.tasks.facts`)."""
+
+    min_facts: int = 1
+    """Fewest facts in a document, all of them asked for."""
+    max_facts: int = 16
+    """Most facts in a document; their number is drawn log-uniformly."""
+    sentences: float = 0.5
+    """Share of answers that are whole sentences: what a base model goes on with is closest to the document's words."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_facts <= self.max_facts <= MAX_FACTS:
+            raise UserError(
+                f"facts task: needs 0 < min_facts <= max_facts <= {MAX_FACTS}, not {self.min_facts}, {self.max_facts}"
+            )
+
+
+@dataclass(frozen=True)
 class QuestionsTask:
     """Documents with questions and answers, from a training set that `d2l prepare` wrote."""
 
@@ -83,7 +102,7 @@ class RepeatTask:
     """Documents are cut to this length."""
 
 
-Task = NeedleTask | QuestionsTask | RepeatTask
+Task = NeedleTask | FactsTask | QuestionsTask | RepeatTask
 
 _LONGEST_TOKEN = 64
 """Characters of a token, at most by far."""
@@ -203,6 +222,36 @@ class _Needles(Source):
             return NeedleConfig(tokens)
         needles = rng.randint(1, fitting)
         return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
+
+
+class _Facts(Source):
+    name = "facts"
+
+    _SAMPLE = 64
+    """Documents that the mean length is taken of."""
+
+    def __init__(self, task: FactsTask, config: SourceConfig, seed: str):
+        super().__init__(config, seed)
+        self.task = task
+
+    def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
+        documents, _ = self.documents(tokenizer, 0, 1, 0, self._SAMPLE)
+        return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+
+    def documents(
+        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
+    ) -> tuple[list[Document], Counter[str]]:
+        return [self._document(tokenizer, shard, number) for number in range(start, stop)], Counter()
+
+    def _document(self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int) -> Document:
+        rng = random.Random(f"{self.seed}/{shard}/{number}")
+        held_out = self.config.held_out
+        facts = round(math.exp(rng.uniform(math.log(self.task.min_facts), math.log(self.task.max_facts))))
+        sample = make_facts(FactsConfig(facts, held_out, self.task.sentences), rng.getrandbits(48))
+        ids = document_ids(sample.document, tokenizer, self.config.chunking, "facts document")
+        answers = [answer_ids(tokenizer, answer) for answer in sample.answers]
+        text = (sample.document, list(sample.questions), list(sample.answers)) if held_out else None
+        return self._tokenised(tokenizer, ids, list(sample.questions), answers, rng, text=text)
 
 
 class _Rows(Source):
@@ -349,6 +398,8 @@ def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> 
     """
     if isinstance(task, NeedleTask):
         return _Needles(task, config, seed)
+    if isinstance(task, FactsTask):
+        return _Facts(task, config, seed)
     name, path = type(task).__name__, task.data or data
     if not path:
         raise UserError(f"{name} needs a training set: give --recipe.data FOLDER, made by `d2l prepare`")

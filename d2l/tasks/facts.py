@@ -1,0 +1,201 @@
+"""The facts task: documents of generated facts, and questions that put them in other words.
+
+The step between copying (the needle) and reading: biographies, product sheets, companies, policies and buildings, as
+prose or as records, about one or many entities; a question asks for one attribute of one entity. Everything follows
+from the seed. Held-out documents use names, phrasings of facts and phrasings of questions that no other document has.
+The words are in `facts.json`. Of every list of names and phrasings there the last fifth, one at least, is held out: so
+what is alike does not stand at both ends of one.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from d2l.config import from_dict, load_json
+from d2l.errors import UserError
+
+INSTRUCTION = "Answer in a few words."
+MAX_FACTS = 64
+_HELD_OUT = 5
+"""One in so many is held out."""
+_NUMBERS = {
+    "year": (1850, 2019, "{}"),
+    "days": (2, 120, "{} days"),
+    "months": (3, 96, "{} months"),
+    "euros": (11, 990, "{} euros"),
+    "grams": (12, 990, "{} grams"),
+    "metres": (12, 400, "{} metres"),
+    "count": (13, 9900, "{}"),
+}
+"""Values that are numbers: least, most, format."""
+_RECORDS = 0.25
+"""Share of entities that are described by a record, not by sentences."""
+
+
+@dataclass(frozen=True)
+class FactsConfig:
+    """One kind of document."""
+
+    facts: int = 4
+    """Facts in it, all of them asked for."""
+    held_out: bool = False
+    """Whether names and phrasings are those of evaluation."""
+    sentences: float = 0.0
+    """Share of questions whose answer is a whole sentence, as a base model is apt to give it."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.facts <= MAX_FACTS:
+            raise UserError(f"facts must be between 1 and {MAX_FACTS}, got {self.facts}")
+
+
+@dataclass(frozen=True)
+class FactsSample:
+    """A document with its questions and their answers, in the same order."""
+
+    document: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """Something to know of an entity."""
+
+    label: str
+    """In a record."""
+    values: str
+    """The kind of value."""
+    statements: tuple[str, ...]
+    """Sentences with {name} and {value}; the first one is how answers in sentences say it."""
+    questions: tuple[str, ...]
+    """Questions with {name}."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of entity."""
+
+    name: str
+    """Format of a name of two words."""
+    names: tuple[str, str]
+    """Lists of these words."""
+    again: tuple[str, ...]
+    """What it is called once it has been named; {} is the last word of its name."""
+    attributes: tuple[_Attribute, ...]
+    """What there is to know."""
+
+
+@dataclass(frozen=True)
+class _Words:
+    words: dict[str, tuple[str, ...]]
+    kinds: tuple[_Kind, ...]
+
+
+@dataclass(frozen=True)
+class _Fact:
+    entity: str
+    attribute: _Attribute
+    value: str
+
+
+def make_facts(config: FactsConfig, seed: int) -> FactsSample:
+    """One document; the same one for the same arguments."""
+    rng = random.Random(seed)
+    kind = rng.choice(_vocabulary().kinds)
+    entities = _entities(kind, config, rng)
+    paragraphs = [_record(facts) if rng.random() < _RECORDS else _prose(kind, facts, config, rng) for facts in entities]
+    document = "\n\n".join(paragraphs)
+    facts = [fact for entity in entities for fact in entity]
+    rng.shuffle(facts)
+    asked = [_asked(fact, config, rng) for fact in facts]
+    return FactsSample(document, tuple(question for question, _ in asked), tuple(answer for _, answer in asked))
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether the value was given, and nothing else; case and a full stop do not count."""
+    return answer.strip().rstrip(".").casefold() == expected.casefold()
+
+
+def _entities(kind: _Kind, config: FactsConfig, rng: random.Random) -> list[list[_Fact]]:
+    """The facts of each entity: `config.facts` in all, no two of one value while there are others."""
+    most = len(kind.attributes)
+    fewest = -(-config.facts // most)
+    count = rng.randint(fewest, min(config.facts, fewest + 2))
+    sizes = [1] * count
+    for _ in range(config.facts - count):
+        sizes[rng.choice([i for i, size in enumerate(sizes) if size < most])] += 1
+    firsts, lasts = (_side(_vocabulary().words[name], config.held_out) for name in kind.names)
+    names = [kind.name.format(first, rng.choice(lasts)) for first in rng.sample(firsts, count)]
+    used: set[str] = set()
+    entities = []
+    for name, size in zip(names, sizes, strict=True):
+        facts = []
+        for attribute in rng.sample(kind.attributes, size):
+            value = _value(attribute.values, used, rng)
+            used.add(value)
+            facts.append(_Fact(name, attribute, value))
+        entities.append(facts)
+    return entities
+
+
+def _value(kind: str, used: set[str], rng: random.Random) -> str:
+    for _ in range(20):
+        value = _any_value(kind, rng)
+        if value not in used:
+            break
+    return value
+
+
+def _any_value(kind: str, rng: random.Random) -> str:
+    words = _vocabulary().words
+    if kind in _NUMBERS:
+        least, most, form = _NUMBERS[kind]
+        return form.format(rng.randint(least, most))
+    if kind == "person":
+        return f"{rng.choice(words['first'])} {rng.choice(words['last'])}"
+    if kind == "date":
+        return f"{rng.randint(1, 28)} {rng.choice(words['month'])}"
+    if kind == "room":
+        return f"{rng.choice('ABCDEFGH')}{rng.randint(10, 99)}"
+    return rng.choice(words[kind])
+
+
+def _record(facts: Sequence[_Fact]) -> str:
+    title = facts[0].entity
+    return "\n".join([title[0].upper() + title[1:], *(f"{fact.attribute.label}: {fact.value}" for fact in facts)])
+
+
+def _prose(kind: _Kind, facts: Sequence[_Fact], config: FactsConfig, rng: random.Random) -> str:
+    sentences = []
+    for number, fact in enumerate(facts):
+        phrasing = rng.choice(_side(fact.attribute.statements, config.held_out))
+        again = number > 0 and rng.random() < 0.7
+        name = rng.choice(kind.again).format(fact.entity.split()[-1]) if again else fact.entity
+        sentences.append(_sentence(phrasing, name, fact.value))
+    return " ".join(sentences)
+
+
+def _asked(fact: _Fact, config: FactsConfig, rng: random.Random) -> tuple[str, str]:
+    question = rng.choice(_side(fact.attribute.questions, config.held_out)).format(name=fact.entity)
+    if rng.random() >= config.sentences:
+        return f"{question} {INSTRUCTION}", fact.value
+    return question, _sentence(fact.attribute.statements[0], fact.entity, fact.value)
+
+
+def _sentence(phrasing: str, name: str, value: str) -> str:
+    sentence = phrasing.format(name=name, value=value)
+    return sentence[0].upper() + sentence[1:]
+
+
+def _side(words: Sequence[str], held_out: bool) -> Sequence[str]:
+    """The part of a list that is for evaluation, or the rest of it."""
+    kept = max(1, len(words) // _HELD_OUT)
+    return words[-kept:] if held_out else words[:-kept]
+
+
+@cache
+def _vocabulary() -> _Words:
+    path = Path(__file__).with_suffix(".json")
+    return from_dict(_Words, load_json(path), path.name)
