@@ -18,6 +18,7 @@ from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from serve.decoding import DecodingBatch, choose
+from serve.logprobs import TokenLogprob, token_logprob
 from serve.text_stream import TextStream
 
 
@@ -40,6 +41,7 @@ class Job:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stops: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Piece:
     """Tokens of the answer so far, without the one that ended it."""
     finish_reason: str | None = None
     """`stop` or `length` on the last piece."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens since the last piece, if they were asked for."""
 
 
 class Batcher:
@@ -131,13 +135,18 @@ class _Row:
         self.done = False
         """Finished, or given up by its reader (who sets it from another thread)."""
         self._stop_ids = base.stop_ids
+        self._tokenizer = base.tokenizer
         self._text = TextStream(base.tokenizer, job.stops)
         self._tokens = 0
+        self._logprobs: list[TokenLogprob] = []
         self._generator = torch.Generator(base.device).manual_seed(job.seed) if job.seed is not None else None
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """The next token."""
-        return choose(logits_V, self.job.sampling, self._generator)
+        token = choose(logits_V, self.job.sampling, self._generator)
+        if self.job.logprobs is not None and token not in self._stop_ids:
+            self._logprobs.append(token_logprob(self._tokenizer, logits_V, token, self.job.logprobs))
+        return token
 
     def accept(self, token: int) -> None:
         """Send what the next token brings."""
@@ -152,5 +161,6 @@ class _Row:
 
     def _emit(self, text: str, finish_reason: str | None) -> None:
         if text or finish_reason:
-            self.send(Piece(text, len(self.job.prompt), self._tokens, finish_reason))
+            self.send(Piece(text, len(self.job.prompt), self._tokens, finish_reason, tuple(self._logprobs)))
+            self._logprobs.clear()
         self.done = self.done or finish_reason is not None

@@ -30,8 +30,8 @@ logger = logging.getLogger("ray.serve")
 class EngineRequest:
     """What a gateway asks of an engine."""
 
-    messages: list[dict[str, str]]
-    """The conversation."""
+    messages: list[dict[str, str]] | None
+    """The conversation; None where a prompt is given."""
     tenant: str
     """Whose adapters."""
     adapter_ids: tuple[str, ...]
@@ -41,6 +41,14 @@ class EngineRequest:
     """Strings that end the answer, and are not part of it."""
     seed: int | None = None
     """Of the sampling."""
+    prompt: str | None = None
+    """A text to continue, without chat template; None where messages are given."""
+    logprobs: int | None = None
+    """How many of the most likely tokens to tell for each token of the answer; None for no log-probabilities."""
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("give messages or a prompt, one of them")
 
 
 @serve.deployment
@@ -66,18 +74,20 @@ class Engine:
         """The answer in one piece. Raises as `stream` does."""
         async with aclosing(self.stream(request)) as stream:
             pieces = [piece async for piece in stream]
-        return dataclasses.replace(pieces[-1], text="".join(piece.text for piece in pieces))
+        text = "".join(piece.text for piece in pieces)
+        logprobs = tuple(token for piece in pieces for token in piece.logprobs)
+        return dataclasses.replace(pieces[-1], text=text, logprobs=logprobs)
 
     async def stream(self, request: EngineRequest) -> AsyncIterator[Piece]:
         """The answer as it is generated.
 
         Raises:
-            UserError: the conversation does not fit the model, or the adapters do not compose.
+            UserError: the prompt does not fit the model, or the adapters do not compose.
             ApiError: an adapter cannot be loaded.
         """
         prompt = await asyncio.to_thread(self._prompt, request)
         adapter = await self._cache.get((request.tenant, request.adapter_ids)) if request.adapter_ids else None
-        job = Job(prompt, adapter, request.sampling, request.stops, request.seed)
+        job = Job(prompt, adapter, request.sampling, request.stops, request.seed, request.logprobs)
         async with aclosing(self._batcher.stream(job)) as pieces:  # an abandoned iterator ends now, not when collected
             async for piece in pieces:
                 yield piece
@@ -88,19 +98,27 @@ class Engine:
             raise RuntimeError("the decoding thread has ended")
 
     def _prompt(self, request: EngineRequest) -> list[int]:
-        try:
-            prompt = self._base.prompt_ids(request.messages)
-        except jinja2.TemplateError as error:
-            raise UserError(f"messages: the base model's chat template refuses them ({error})") from None
+        prompt = self._tokens(request)
         window = getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None)
         if window and len(prompt) + request.sampling.max_new_tokens > window:
             raise ApiError(
                 400,
-                f"{len(prompt)} tokens of messages and max_tokens {request.sampling.max_new_tokens} exceed the model's "
-                f"window of {window} tokens. Shorten the messages or lower max_tokens.",
+                f"{len(prompt)} tokens of prompt and max_tokens {request.sampling.max_new_tokens} exceed the model's "
+                f"window of {window} tokens. Shorten the prompt or lower max_tokens.",
                 "context_length_exceeded",
             )
         return prompt
+
+    def _tokens(self, request: EngineRequest) -> list[int]:
+        if request.messages is None:
+            tokens = self._base.tokenizer(request.prompt)["input_ids"]
+            if not tokens:
+                raise UserError("prompt: it has no tokens; give a text to continue")
+            return tokens
+        try:
+            return self._base.prompt_ids(request.messages)
+        except jinja2.TemplateError as error:
+            raise UserError(f"messages: the base model's chat template refuses them ({error})") from None
 
     def _load(self, key: Key) -> Adapter:
         tenant, adapter_ids = key
