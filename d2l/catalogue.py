@@ -10,7 +10,7 @@ only data files that are new since the last `refresh`.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -120,9 +120,10 @@ class Catalogue:
         """
         self.storage = Storage(root)
         self._table: DeltaTable | None = None
-        self._documents: dict[tuple[str, str], _Document] = {}
+        self._documents: dict[str, dict[str, _Document]] = {}
         self._files: set[str] = set()
-        self.refresh()
+        for _ in self._tail():  # not kept: there may be millions
+            pass
 
     @classmethod
     def existing(cls, root: str | Path) -> "Catalogue":
@@ -141,17 +142,17 @@ class Catalogue:
         """Version of the table as last seen; -1 before there is one."""
         return -1 if self._table is None else self._table.version()
 
-    def append(self, events: Sequence[Event]) -> int:
+    def append(self, events: Sequence[Event]) -> list[Event]:
         """Append events in one commit.
 
         Returns:
-            The table's version with them; no commit is made of no events.
+            What is seen since: these events and those of other writers; no commit is made of no events.
 
         Raises:
             UserError: an event has no valid tenant, or no valid document but is no failure; or the storage fails.
         """
         if not events:
-            return self.version
+            return []
         for event in events:
             check_tenant(event.tenant)
             if event.event != "failed":  # a bad id is a reason to fail
@@ -161,11 +162,18 @@ class Catalogue:
             self._table = self._table or self._open() or self._create()
             assert self._table is not None
             self._write(self._table, rows)
-        self.refresh()
-        return self.version
+        return self.refresh()
 
-    def refresh(self) -> None:
-        """See what was appended since, by whomever."""
+    def refresh(self) -> list[Event]:
+        """See what was appended since, by whomever; those events."""
+        return list(self._tail())
+
+    def apply(self, events: Iterable[Event]) -> None:
+        """See events that another reader of the same table saw; in any order, and twice if need be."""
+        for event in events:
+            self._apply(event)
+
+    def _tail(self) -> Iterator[Event]:
         with self._reported():
             if self._table is None:
                 self._table = self._open()
@@ -177,17 +185,19 @@ class Catalogue:
             if new := sorted(files - self._files):
                 for event in self._read(new, _INDEXED):
                     self._apply(event)
+                    yield event
             self._files = files
 
     def current(self, tenant: str | None = None) -> Iterator[Event]:
         """The current adapter of every document that has one, of all tenants or of one."""
-        for (owner, _), document in list(self._documents.items()):
-            if tenant in (None, owner) and (event := document.current()):
-                yield event
+        for owner in list(self._documents) if tenant is None else [tenant]:
+            for document in list(self._documents.get(owner, {}).values()):
+                if event := document.current():
+                    yield event
 
     def resolve(self, tenant: str, doc_id: str, version: str | None = None) -> Event | None:
         """The document's current adapter, or that of a given version; None where there is none or it was deleted."""
-        document = self._documents.get((tenant, doc_id))
+        document = self._documents.get(tenant, {}).get(doc_id)
         if document is None:
             return None
         return document.current() if version is None else document.ready.get(version)
@@ -211,7 +221,11 @@ class Catalogue:
 
         Those are the adapters of every `ready` that no `deleted` of its document follows.
         """
-        deleted = {name: document.deleted for name, document in list(self._documents.items())}
+        deleted = {
+            (tenant, doc_id): document.deleted
+            for tenant, documents in list(self._documents.items())
+            for doc_id, document in list(documents.items())
+        }
         found = set()
         for event in self._events(pads.field("event") == "ready"):
             after = deleted.get((event.tenant, event.doc_id))
@@ -239,7 +253,8 @@ class Catalogue:
 
     def _apply(self, event: Event) -> None:
         if event.event != "failed":
-            self._documents.setdefault((event.tenant, event.doc_id), _Document()).apply(event)
+            documents = self._documents.setdefault(event.tenant, {})
+            documents.setdefault(event.doc_id, _Document()).apply(event)
 
     def _open(self) -> DeltaTable | None:
         try:

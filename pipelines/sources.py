@@ -27,9 +27,9 @@ from fsspec.core import has_magic
 
 from d2l.chunking import check_text
 from d2l.errors import UserError
+from d2l.extract import SUFFIXES, TEXT, extract, extractor_of
 from d2l.storage import Storage, one_line, reported
 from d2l.store import check_doc_id
-from pipelines.extract import SUFFIXES, TEXT, extract, extractor_of
 
 KINDS = dict.fromkeys(SUFFIXES, "file") | {".jsonl": "jsonl", ".parquet": "parquet"}
 """File suffixes that are read, and how."""

@@ -28,13 +28,13 @@ from d2l.catalogue import Catalogue, Event
 from d2l.chunking import check_text
 from d2l.config import from_dict
 from d2l.errors import UserError
+from d2l.extract import TEXT
 from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 from d2l.model import SHIPPED, DocToLora
 from d2l.storage import Storage
 from d2l.store import AdapterStore, adapter_id, check_doc_id, check_tenant
 from pipelines import cluster
-from pipelines.extract import TEXT
 from pipelines.sources import Row
 
 ABORT = "abort"

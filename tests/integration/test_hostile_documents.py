@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipelines import extract
+from d2l import extract
 from pipelines.sources import SourceConfig, list_documents, read_part
 from tests.unit.test_extract import BOMB, PAGE, encrypted, filled, lying, packed, pdf, slow_pdf, with_member, word
 

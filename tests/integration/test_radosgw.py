@@ -68,7 +68,8 @@ def append_events(root: str, writer: str, count: int) -> None:
 
 def test_no_row_of_two_writers_is_lost(bucket: str) -> None:
     catalogue = Catalogue(bucket)
-    first = catalogue.append([Event("acme", "first", "v1", "ready", "ab" * 8)])
+    catalogue.append([Event("acme", "first", "v1", "ready", "ab" * 8)])
+    first = catalogue.version
     in_processes(append_events, (bucket, "a", 20), (bucket, "b", 20))
     catalogue.refresh()
     written = {f"{writer}{number}" for writer in "ab" for number in range(20)}

@@ -32,7 +32,8 @@ def test_a_new_catalogue_is_empty(root: str) -> None:
     assert list(catalogue.current()) == []
     assert catalogue.resolve("acme", "manual") is None
     assert catalogue.history("acme", "manual") == []
-    assert catalogue.append([]) == -1
+    assert catalogue.append([]) == []
+    assert catalogue.version == -1
 
 
 def test_events_come_back_as_they_were(root: str) -> None:
@@ -47,7 +48,8 @@ def test_events_come_back_as_they_were(root: str) -> None:
         source_uri="s3://x/y",
     )
     failed = event("failed", "v2", 1, stage="read", reason="not UTF-8 – at all")
-    assert Catalogue(root).append([written, failed]) == 1
+    seen = Catalogue(root).append([written, failed])
+    assert [e.version for e in seen] == ["v1", "v2"]
     assert Catalogue(root).history("acme", "manual") == [written, failed]
 
 
@@ -67,19 +69,26 @@ def test_current_and_pinned_versions(root: str) -> None:
     assert catalogue.resolve("acme", "manual", "v2") is None
 
 
-def test_readers_tail_what_others_append(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_tail_what_others_append(root: str) -> None:
     writer, early = Catalogue(root), Catalogue(root)
     writer.append([event(version="v1")])
     early.refresh()
     assert versions(early) == {"manual": "v1"}
     writer.append([event(version="v2", second=1)])
     assert versions(early) == {"manual": "v1"}
-    read = []
-    monkeypatch.setattr(catalogue_module.Catalogue, "_apply", lambda self, event: read.append(event.version))
-    early.refresh()
-    early.refresh()
-    assert read == ["v2"]
+    assert [event.version for event in early.refresh()] == ["v2"]
+    assert early.refresh() == []
+    assert versions(early) == {"manual": "v2"}
     assert early.version == writer.version
+
+
+def test_readers_tell_each_other(root: str) -> None:
+    writer, told = Catalogue(root), Catalogue(root)
+    seen = writer.append([event(version="v1"), event(version="v2", second=1)])
+    told.apply(reversed(seen))
+    assert versions(told) == {"manual": "v2"}
+    told.refresh()
+    assert versions(told) == {"manual": "v2"}
 
 
 def test_two_writers_begin_at_the_same_time(root: str) -> None:
@@ -129,7 +138,7 @@ def test_bad_events_are_refused(tmp_path: Path) -> None:
     for bad in (event(tenant="No Tenant"), event(doc_id="auto"), event("deleted", doc_id="")):
         with pytest.raises(UserError):
             catalogue.append([bad])
-    assert catalogue.append([event("failed", doc_id="auto")]) == 1
+    assert len(catalogue.append([event("failed", doc_id="auto")])) == 1
 
 
 def test_storage_that_fails(s3_server: str, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import docx
 import pytest
 from pypdf import PdfReader, PdfWriter
 
+from d2l import extract as module
+from d2l import readers
 from d2l.errors import UserError
-from pipelines import extract as module
-from pipelines import readers
-from pipelines.extract import extract, extractor_of
+from d2l.extract import extract, extractor_of
 
 
 def pdf(*lines: str) -> bytes:

@@ -16,9 +16,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import PurePosixPath
 
+from d2l import readers
 from d2l.chunking import check_text, decode_text
 from d2l.errors import UserError
-from pipelines import readers
 
 TEXT = "text"
 """Extractor of what is text already."""
