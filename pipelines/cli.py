@@ -59,13 +59,13 @@ COMMANDS = {
         "pipelines.evaluate.needle:evaluate_needle",
         "EvaluateNeedleConfig",
         "is a number found in documents of any length?",
-        "pipelines.evaluate.report:show",
+        "pipelines.evaluate.needle_report:show",
     ),
     "evaluate report": _Command(
-        "pipelines.evaluate.report:join",
+        "pipelines.evaluate.needle_report:join",
         "JoinConfig",
         "one table and one plot of several needle evaluations",
-        "pipelines.evaluate.report:show",
+        "pipelines.evaluate.needle_report:show",
     ),
     "convert": _Command("pipelines.convert.job:run", "ConvertConfig", "turn document collections into adapters"),
     "catalogue list": _Command(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from d2l.config import from_dict, load_json
 from d2l.errors import UserError
+from d2l.tasks.sample import Sample
 
 INSTRUCTION = "Answer in a few words."
 MAX_FACTS = 64
@@ -48,15 +49,6 @@ class FactsConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.facts <= MAX_FACTS:
             raise UserError(f"facts must be between 1 and {MAX_FACTS}, got {self.facts}")
-
-
-@dataclass(frozen=True)
-class FactsSample:
-    """A document with its questions and their answers, in the same order."""
-
-    document: str
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class _Fact:
     value: str
 
 
-def make_facts(config: FactsConfig, seed: int) -> FactsSample:
+def make_facts(config: FactsConfig, seed: int) -> Sample:
     """One document; the same one for the same arguments."""
     rng = random.Random(seed)
     kind = rng.choice(_vocabulary().kinds)
@@ -110,7 +102,7 @@ def make_facts(config: FactsConfig, seed: int) -> FactsSample:
     facts = [fact for entity in entities for fact in entity]
     rng.shuffle(facts)
     asked = [_asked(fact, config, rng) for fact in facts]
-    return FactsSample(document, tuple(question for question, _ in asked), tuple(answer for _, answer in asked))
+    return Sample(document, tuple(question for question, _ in asked), tuple(answer for _, answer in asked))
 
 
 def exact_match(answer: str, expected: str) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from d2l.errors import UserError
+from d2l.tasks.sample import Sample
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DIGITS = 4
@@ -43,22 +44,13 @@ class NeedleConfig:
             raise UserError(f"needle: {self.needles} needles and {self.distractors} distractors cannot be made")
 
 
-@dataclass(frozen=True)
-class NeedleSample:
-    """A document with its questions and their answers, in the same order."""
-
-    document: str
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-
-
 def make_sample(
     tokenizer: PreTrainedTokenizerBase,
     config: NeedleConfig,
     seed: int,
     depth: float | None = None,
     prose: Sequence[str] = (),
-) -> NeedleSample:
+) -> Sample:
     """One document with its needles.
 
     Args:
@@ -92,7 +84,7 @@ def make_sample(
         pieces.insert(slot, sentence)
     asked = keys[: config.needles]
     questions = tuple(f"What is the special magic number{key}? {_INSTRUCTION}" for key in asked)
-    return NeedleSample(" ".join(pieces), questions, tuple(numbers[: config.needles]))
+    return Sample(" ".join(pieces), questions, tuple(numbers[: config.needles]))
 
 
 def _haystack(tokenizer: PreTrainedTokenizerBase, tokens: int, rng: random.Random, prose: Sequence[str]) -> list[str]:

@@ -1,19 +1,26 @@
 """An evaluation's folder: what was asked of whom (`evaluation.json`), and what was answered (`answers.jsonl`).
 
-Answers are one JSON line for each document, appended as they come, so that nothing is asked twice: the only record of
-progress, from which every table and plot is computed.
+Answers are one JSON line for each document (a trial), appended as they come, so that nothing is asked twice: the only
+record of progress, from which every table and plot is computed. Kinds of evaluations have their own settings and
+trials: `needle_trial`, `qa_trial`.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
+from pipelines import tracking
 from pipelines.tracking import TrackingConfig
+
+Setting = TypeVar("Setting")
+"""What must be equal for answers to belong to one evaluation."""
+Trial = TypeVar("Trial")
+"""A document, its questions, and the answers under every condition."""
 
 Condition = Literal["adapter", "wrong_document", "no_document", "in_context"]
 """What the base model had of the document: its adapter, another one's adapter, nothing, or its text in the prompt."""
@@ -39,60 +46,13 @@ class Answers:
     """Time from one question to the end of its answer, alone; None where it was not taken."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A document, its questions, and the answers under every condition."""
-
-    length: int
-    """Tokens of the document."""
-    depth: float
-    """Where the first needle lies, 0 (start) to 1 (end)."""
-    seed: int
-    """The document follows from it."""
-    needles: int
-    """Numbers hidden and asked for."""
-    distractors: int
-    """Sentences of the same form under other keys."""
-    haystack: str
-    """`filler` or `prose`."""
-    questions: tuple[str, ...]
-    """One for each needle."""
-    expected: tuple[str, ...]
-    """The numbers."""
-    asked: tuple[Answers, ...]
-    """One for each condition, and for each rank of `adapter`."""
-    device: str
-    """Device, dtype and threads that the times were taken with."""
-
-    def line(self) -> str:
-        """As a line of JSON, without its end."""
-        return json.dumps(to_dict(self))
+def line(trial: Any) -> str:
+    """A trial as a line of JSON, without its end."""
+    return json.dumps(to_dict(trial))
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What must be equal for answers to belong to one evaluation; see `EvaluateNeedleConfig`."""
-
-    hypernetwork: str
-    """Fingerprint."""
-    base: str
-    """Base model."""
-    needles: int
-    """Numbers hidden in and asked of each document."""
-    distractors: int
-    """Sentences of the same form under other keys."""
-    haystack: str
-    """`filler` or `prose`."""
-    prose: str
-    """Digest of the texts, or nothing."""
-    ranks: tuple[int, ...]
-    """Ranks of adapters, 0 for uncompressed ones."""
-    seed: int
-    """First seed."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Generic[Setting]):
     """The file `evaluation.json` of a folder."""
 
     setting: Setting
@@ -101,19 +61,36 @@ class Evaluation:
     """The MLflow run."""
 
     @staticmethod
-    def exists(folder: Path) -> bool:
-        """Whether the folder has an evaluation."""
-        return (folder / "evaluation.json").exists()
-
-    @classmethod
-    def load(cls, folder: Path) -> "Evaluation":
-        """Read it.
+    def load(folder: Path, kind: type[Setting]) -> "Evaluation[Setting]":
+        """Read it; `kind` is the dataclass of its setting.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: there is none, it is damaged, or of another kind.
         """
         path = folder / "evaluation.json"
-        return from_dict(cls, load_json(path), str(path))
+        values = load_json(path)
+        setting = from_dict(kind, values.get("setting", {}), f"{path}: setting")
+        return Evaluation(setting, from_dict(TrackingConfig, values.get("tracking", {}), f"{path}: tracking"))
+
+    @staticmethod
+    def open(folder: Path, setting: Setting, name: str, config: Any) -> TrackingConfig:
+        """The MLflow run of the folder: the one it has, or a new one with this name and the parameters of `config`.
+
+        Raises:
+            UserError: the folder holds answers of another setting, or cannot be written.
+        """
+        run_id = ""
+        if (folder / "evaluation.json").exists():
+            before = Evaluation.load(folder, type(setting))
+            was, now = to_dict(before.setting), to_dict(setting)
+            if changed := [f"{field} {was[field]!r}, not {now[field]!r}" for field in now if was[field] != now[field]]:
+                raise UserError(
+                    f"{folder}: holds answers of another setting ({'; '.join(changed)}); give another --output"
+                )
+            run_id = before.tracking.run_id
+        record = tracking.open_run(replace(config.tracking, run_id=run_id), name, config)
+        Evaluation(setting, record).save(folder)
+        return record
 
     def save(self, folder: Path) -> None:
         """Write it; the folder is created if need be.
@@ -128,12 +105,13 @@ class Evaluation:
             raise UserError(f"{folder}: cannot be written ({one_line(error)})") from error
 
 
-class AnswerLog:
+class AnswerLog(Generic[Trial]):
     """The file `answers.jsonl` of a folder."""
 
-    def __init__(self, folder: Path):
-        """Name the file; nothing is created."""
+    def __init__(self, folder: Path, kind: type[Trial]):
+        """Name the file, whose lines are of the dataclass `kind`; nothing is created."""
         self.path = folder / "answers.jsonl"
+        self.kind = kind
 
     def repair(self) -> None:
         """Cut off a last line that was being written when its writer was killed."""
@@ -145,7 +123,7 @@ class AnswerLog:
                     stream.truncate(whole)
 
     def append(self, lines: list[str]) -> None:
-        """Add trials, as `Trial.line` gives them.
+        """Add trials, each as `line` gives it.
 
         Raises:
             UserError: the file cannot be written.
@@ -168,7 +146,7 @@ class AnswerLog:
             for number, line in enumerate(stream, 1):
                 where = f"{self.path}, line {number}"
                 try:
-                    yield from_dict(Trial, json.loads(line), where)
+                    yield from_dict(self.kind, json.loads(line), where)
                 except json.JSONDecodeError as error:
                     raise UserError(
                         f"{where}: not JSON ({error}); delete the line, its document is asked again"

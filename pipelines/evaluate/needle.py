@@ -24,16 +24,17 @@ from mlflow.entities import Metric
 
 from d2l.adapter import check_rank
 from d2l.base_model import BUNDLED_MODELS
-from d2l.config import from_dict, to_dict
+from d2l.config import from_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig
 from pipelines import cluster, tracking
-from pipelines.evaluate import report
-from pipelines.evaluate.answers import AnswerLog, Evaluation, Setting
-from pipelines.evaluate.examiner import Examiner, haystack_texts
-from pipelines.evaluate.scores import Score, scores
+from pipelines.evaluate import needle_report
+from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.needle_examiner import Examiner, haystack_texts
+from pipelines.evaluate.needle_scores import Score, scores
+from pipelines.evaluate.needle_trial import Setting, Trial
 from pipelines.progress import Progress
 from pipelines.tracking import TrackingConfig
 
@@ -89,7 +90,7 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
     """Evaluate, or go on with an evaluation.
 
     Returns:
-        As `report.write`; of each length, the stored adapter comes first.
+        As `needle_report.write`; of each length, the stored adapter comes first.
 
     Raises:
         UserError: bad options, no such checkpoint or base model, or a folder with answers of another setting.
@@ -101,10 +102,10 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
     with ExitStack() as stack:
         passing = None if config.output else stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(passing or config.output or "").absolute()
-        record = _open(folder, setting, config)
+        record = Evaluation.open(folder, setting, f"needle-{config.haystack}-{config.needles}", config)
         client = stack.enter_context(tracking.closing(record))
         client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
-        log = AnswerLog(folder)
+        log = AnswerLog(folder, Trial)
         log.repair()
         done = {(trial.length, trial.seed) for trial in log.read()}
         tasks = _tasks(config)
@@ -113,9 +114,9 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
             _run(config, pending, len(tasks), log)
         trials = list(log.read())
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [record.run_id]}
-        result = report.write(folder, trials, about)
+        result = needle_report.write(folder, trials, about)
         _log_metrics(client, record.run_id, scores(trials))
-        for path in (log.path, *report.files(folder)):
+        for path in (log.path, *needle_report.files(folder)):
             client.log_artifact(record.run_id, str(path))
     return result
 
@@ -154,25 +155,6 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
     )
 
 
-def _open(folder: Path, setting: Setting, config: EvaluateNeedleConfig) -> TrackingConfig:
-    """The MLflow run of the folder: the one it has, or a new one.
-
-    Raises:
-        UserError: it holds answers of another setting, or cannot be written.
-    """
-    run_id = ""
-    if Evaluation.exists(folder):
-        before = Evaluation.load(folder)
-        was, now = to_dict(before.setting), to_dict(setting)
-        if changed := [f"{name} {was[name]!r}, not {now[name]!r}" for name in now if was[name] != now[name]]:
-            raise UserError(f"{folder}: holds answers of another setting ({'; '.join(changed)}); give another --output")
-        run_id = before.tracking.run_id
-    name = f"needle-{config.haystack}-{config.needles}"
-    record = tracking.open_run(dataclasses.replace(config.tracking, run_id=run_id), name, config)
-    Evaluation(setting, record).save(folder)
-    return record
-
-
 def _tasks(config: EvaluateNeedleConfig) -> list[dict[str, Any]]:
     """A record for each document, lengths in the order given."""
     samples = config.samples * len(config.lengths) if len(config.samples) == 1 else config.samples
@@ -189,7 +171,7 @@ def _tasks(config: EvaluateNeedleConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _run(config: EvaluateNeedleConfig, tasks: list[dict[str, Any]], total: int, log: AnswerLog) -> None:
+def _run(config: EvaluateNeedleConfig, tasks: list[dict[str, Any]], total: int, log: AnswerLog[Trial]) -> None:
     data = ray.data.from_arrow([pa.Table.from_pylist(part) for part in _batches(tasks)])
     examined = data.map_batches(
         Examiner,
@@ -222,7 +204,7 @@ def _log_metrics(client: Any, run_id: str, results: list[Score]) -> None:
     """Metrics of every condition, their steps being the lengths."""
     now = int(time.time() * 1000)
     metrics = [
-        Metric(f"{report.plain_name(score.condition, score.rank)}/{name}", float(value), now, score.length)
+        Metric(f"{needle_report.plain_name(score.condition, score.rank)}/{name}", float(value), now, score.length)
         for score in results
         for name in _METRICS
         if (value := getattr(score, name)) is not None

@@ -12,7 +12,8 @@ from d2l.chunking import ChunkingConfig
 from d2l.errors import UserError
 from pipelines.evaluate.answers import AnswerLog
 from pipelines.evaluate.needle import EvaluateNeedleConfig, evaluate_needle
-from pipelines.evaluate.scores import Score
+from pipelines.evaluate.needle_scores import Score
+from pipelines.evaluate.needle_trial import Trial
 from pipelines.tracking import TrackingConfig
 from tests.conftest import tiny_hypernetwork
 
@@ -76,10 +77,10 @@ def test_an_evaluation_is_recorded_in_mlflow(config, result):
 
 
 def test_the_same_command_goes_on_and_asks_nothing_twice(config, result, tmp_path):
-    whole = list(AnswerLog(config.output).read())
+    whole = list(AnswerLog(config.output, Trial).read())
     shutil.copytree(config.output, tmp_path / "stopped")
     config = dataclasses.replace(config, output=tmp_path / "stopped")
-    log = AnswerLog(config.output)
+    log = AnswerLog(config.output, Trial)
     first, second, third, *_ = log.path.read_text().splitlines(keepends=True)
     log.path.write_text(first + second + third[:40])  # killed while it wrote the third
     again = evaluate_needle(config)

@@ -11,11 +11,12 @@ from d2l import generation
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
-from pipelines.evaluate import report
-from pipelines.evaluate.answers import AnswerLog, Answers, Evaluation, Setting, Trial
+from pipelines.evaluate import needle_report as report
+from pipelines.evaluate.answers import AnswerLog, Answers, Evaluation, line
 from pipelines.evaluate.baselines import InContext, without_middle
-from pipelines.evaluate.report import JoinConfig
-from pipelines.evaluate.scores import scores, wilson
+from pipelines.evaluate.needle_report import JoinConfig
+from pipelines.evaluate.needle_scores import scores, wilson
+from pipelines.evaluate.needle_trial import Setting, Trial
 from pipelines.tracking import TrackingConfig
 
 TEXT = "The magic number of the blue harbour is 4821. Remember it. " * 3
@@ -78,14 +79,14 @@ def test_scores_keep_lengths_depths_and_settings_apart() -> None:
 
 
 def test_the_log_gives_back_what_it_got_and_survives_a_kill(tmp_path) -> None:
-    log = AnswerLog(tmp_path)
+    log = AnswerLog(tmp_path, Trial)
     log.repair()
     assert list(log.read()) == []
-    log.append([trial(seed=1).line(), trial(seed=2).line()])
+    log.append([line(trial(seed=1)), line(trial(seed=2))])
     with log.path.open("a") as stream:
-        stream.write(trial(seed=3).line()[:50])  # killed while it wrote
+        stream.write(line(trial(seed=3))[:50])  # killed while it wrote
     log.repair()
-    log.append([trial(seed=4).line()])
+    log.append([line(trial(seed=4))])
     assert list(log.read()) == [trial(seed=1), trial(seed=2), trial(seed=4)]
     log.path.write_text("{\n")
     with pytest.raises(UserError, match=r"answers\.jsonl, line 1: not JSON"):
@@ -97,7 +98,7 @@ def test_the_log_gives_back_what_it_got_and_survives_a_kill(tmp_path) -> None:
 
 def evaluation(folder, trials, hypernetwork: str = "abcd"):
     folder.mkdir()
-    AnswerLog(folder).append([t.line() for t in trials])
+    AnswerLog(folder, Trial).append([line(t) for t in trials])
     setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 0)
     Evaluation(setting, TrackingConfig(run_id=folder.name)).save(folder)
     return folder

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2l.tasks.needle import exact_match, found
-from pipelines.evaluate.answers import Answers, Trial
+from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.needle_trial import Trial
 
 _CONFIDENCE = 0.95
 

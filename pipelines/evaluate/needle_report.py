@@ -20,8 +20,9 @@ from rich.markdown import Markdown
 from d2l.config import from_dict, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
-from pipelines.evaluate.answers import AnswerLog, Evaluation, Trial
-from pipelines.evaluate.scores import Score, scores
+from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.needle_scores import Score, scores
+from pipelines.evaluate.needle_trial import Setting, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,10 +61,10 @@ def join(config: JoinConfig) -> dict[str, Any]:
     owners: dict[tuple[Any, ...], Path] = {}
     runs = []
     for folder in config.folders:
-        evaluation = Evaluation.load(folder)
+        evaluation = Evaluation.load(folder, Setting)
         makers.setdefault((evaluation.setting.hypernetwork, evaluation.setting.base), folder)
         runs.append(evaluation.tracking.run_id)
-        for trial in AnswerLog(folder).read():
+        for trial in AnswerLog(folder, Trial).read():
             document = (trial.haystack, trial.needles, trial.distractors, trial.length, trial.seed)
             if (other := owners.setdefault(document, folder)) != folder:
                 raise UserError(

@@ -1,27 +1,22 @@
-"""The actor of `d2l evaluate needle`: makes documents, internalizes them, asks under every condition, takes the time.
-
-Documents share batches for their answers; times are taken of documents run alone, after they ran in a batch, so that
-nothing is run for the first time.
-"""
+"""The actor of `d2l evaluate needle`: makes documents, internalizes them, asks and takes the time."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
 
 from d2l.adapter import Adapter
 from d2l.generation import SamplingConfig
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 from d2l.model import DocToLora
-from d2l.tasks.needle import NeedleConfig, NeedleSample, exact_match, make_sample
+from d2l.tasks.needle import NeedleConfig, exact_match, make_sample
+from d2l.tasks.sample import Sample
 from pipelines import cluster
-from pipelines.ask import kv_cache_bytes
-from pipelines.evaluate.answers import Answers, Condition, Trial
-from pipelines.evaluate.baselines import InContext
+from pipelines.evaluate.answers import Answers, line
+from pipelines.evaluate.asking import Asker
+from pipelines.evaluate.needle_trial import Trial
 from pipelines.prose import load_prose
 
 if TYPE_CHECKING:
@@ -41,7 +36,7 @@ class Examiner:
         self.ranks = sorted((rank for rank in config.ranks if rank), reverse=True)
         limits = InternalizeConfig(max_rank=self.ranks[0])
         self.model = DocToLora.from_pretrained(config.hypernetwork, config.base, config=limits)
-        self.in_context = InContext(self.model.base, _SAMPLING)
+        self.asker = Asker(self.model, _SAMPLING)
         self.prose = haystack_texts(config)
         self.last: dict[int, Adapter] = {}
         """The length worked on, and the adapter of its last document so far."""
@@ -51,30 +46,30 @@ class Examiner:
         cluster.share_cores(self.config.workers)
         trials = self._examine(batch.to_pylist())
         right = [sum(map(exact_match, trial.asked[0].answers, trial.expected)) for trial in trials]
-        return pa.table({"trial": [trial.line() for trial in trials], "right": right})
+        return pa.table({"trial": [line(trial) for trial in trials], "right": right})
 
     def _examine(self, tasks: list[dict[str, Any]]) -> list[Trial]:
         samples = [self._sample(task["length"], task["seed"], task["depth"]) for task in tasks]
         timed = [task["timed"] for task in tasks]
         adapters = self.model.internalize([sample.document for sample in samples])
         seconds = [
-            self._seconds(partial(self.model.internalize, sample.document)) if take else None
+            self.asker.seconds(partial(self.model.internalize, sample.document)) if take else None
             for sample, take in zip(samples, timed, strict=True)
         ]
-        stored = self._ask("adapter", samples, adapters, timed, self.ranks[0])
+        stored = self.asker.ask("adapter", samples, adapters, timed, self.ranks[0])
         stored = [dataclasses.replace(a, seconds_per_document=s) for a, s in zip(stored, seconds, strict=True)]
         columns = [stored]
         for rank in self.ranks[1:]:
-            columns.append(self._ask("adapter", samples, [a.compress(rank) for a in adapters], timed, rank))
+            columns.append(self.asker.ask("adapter", samples, [a.compress(rank) for a in adapters], timed, rank))
         if 0 in self.config.ranks:
             columns.append(self._ask_uncompressed(samples, timed))
-        columns.append(self._ask("wrong_document", samples, self._others(tasks[0]["length"], adapters), timed))
-        columns.append(self._ask("no_document", samples, [None] * len(samples), timed))
+        columns.append(self.asker.ask("wrong_document", samples, self._others(tasks[0]["length"], adapters), timed))
+        columns.append(self.asker.ask("no_document", samples, [None] * len(samples), timed))
         asked: list[list[Answers]] = [list(row) for row in zip(*columns, strict=True)]
         for answers, sample, task in zip(asked, samples, tasks, strict=True):
             if task["in_context"]:
-                answers.append(self._ask_in_context(sample))
-        config, device = self.config, self._device()
+                answers.append(self.asker.ask_in_context(sample))
+        config, device = self.config, self.asker.device()
         return [
             Trial(
                 length=task["length"],
@@ -91,86 +86,25 @@ class Examiner:
             for task, sample, answers in zip(tasks, samples, asked, strict=True)
         ]
 
-    def _sample(self, length: int, seed: int, depth: float | None = None) -> NeedleSample:
+    def _sample(self, length: int, seed: int, depth: float | None = None) -> Sample:
         kind = NeedleConfig(length, self.config.needles, self.config.distractors)
         return make_sample(self.model.base.tokenizer, kind, seed, depth, self.prose)
 
-    def _ask(
-        self,
-        condition: Condition,
-        samples: Sequence[NeedleSample],
-        adapters: Sequence[Adapter | None],
-        timed: Sequence[bool],
-        rank: int | None = None,
-    ) -> list[Answers]:
-        """Ask all questions in one batch, and again the first ones of documents that are timed."""
-        questions = [question for sample in samples for question in sample.questions]
-        repeated = [a for a, sample in zip(adapters, samples, strict=True) for _ in sample.questions]
-        answers = iter(self.model.generate_batch(questions, repeated, _SAMPLING))
-        result = []
-        for sample, adapter, take in zip(samples, adapters, timed, strict=True):
-            alone = partial(self.model.generate, sample.questions[0], adapter, _SAMPLING)
-            result.append(
-                Answers(
-                    condition=condition,
-                    answers=tuple(next(answers) for _ in sample.questions),
-                    rank=rank,
-                    extra_bytes=adapter.nbytes if adapter else 0,
-                    seconds_per_answer=self._seconds(alone) if take else None,
-                )
-            )
-        return result
-
-    def _ask_uncompressed(self, samples: Sequence[NeedleSample], timed: Sequence[bool]) -> list[Answers]:
+    def _ask_uncompressed(self, samples: Sequence[Sample], timed: Sequence[bool]) -> list[Answers]:
         """Document by document: such an adapter may be as large as the modules it is for."""
         hypernetwork = self.model.hypernetwork
         rank = max(map(min, hypernetwork.modules_shapes.values())) + hypernetwork.config.bias_rank
         internalizer = Internalizer(self.model.base, hypernetwork, InternalizeConfig(max_rank=rank))
         result = []
         for sample, take in zip(samples, timed, strict=True):
-            result += self._ask("adapter", [sample], internalizer([Document(sample.document)]), [take], 0)
+            result += self.asker.ask("adapter", [sample], internalizer([Document(sample.document)]), [take], 0)
         return result
-
-    def _ask_in_context(self, sample: NeedleSample) -> Answers:
-        began = time.perf_counter()
-        read = self.in_context.read(sample.document, sample.questions)
-        self._finish()
-        reading = time.perf_counter() - began
-        began = time.perf_counter()
-        answers = tuple(self.in_context.answer(read, question) for question in sample.questions)
-        return Answers(
-            condition="in_context",
-            answers=answers,
-            extra_bytes=kv_cache_bytes(self.model.base, len(read.prefix)),
-            tokens_read=read.tokens,
-            seconds_per_document=reading,
-            seconds_per_answer=(time.perf_counter() - began) / len(answers),
-        )
 
     def _others(self, length: int, adapters: list[Adapter]) -> list[Adapter]:
         """For each document the adapter of the one before it; for the first of all, of one that is asked nothing."""
         before = self.last.get(length) or self.model.internalize(self._sample(length, _UNASKED_SEED).document)
         self.last = {length: adapters[-1]}
         return [before, *adapters[:-1]]
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        self._finish()
-        began = time.perf_counter()
-        work()
-        self._finish()
-        return time.perf_counter() - began
-
-    def _finish(self) -> None:
-        """Wait for a GPU, which works behind Python's back."""
-        if self.model.base.device.type == "cuda":
-            torch.cuda.synchronize(self.model.base.device)
-
-    def _device(self) -> str:
-        base = self.model.base
-        dtype = str(base.dtype).removeprefix("torch.")
-        if base.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(base.device)}, {dtype}"
-        return f"{base.device.type}, {torch.get_num_threads()} threads, {dtype}"
 
 
 def haystack_texts(config: "EvaluateNeedleConfig") -> list[str]:
