@@ -61,6 +61,18 @@ COMMANDS = {
         "is a number found in documents of any length?",
         "pipelines.evaluate.needle_report:show",
     ),
+    "evaluate qa": _Command(
+        "pipelines.evaluate.qa:evaluate_qa",
+        "EvaluateQaConfig",
+        "are questions about real documents answered?",
+        "pipelines.evaluate.qa_report:show",
+    ),
+    "evaluate facts": _Command(
+        "pipelines.evaluate.qa:evaluate_facts",
+        "EvaluateFactsConfig",
+        "are questions about generated facts answered?",
+        "pipelines.evaluate.qa_report:show",
+    ),
     "evaluate report": _Command(
         "pipelines.evaluate.needle_report:join",
         "JoinConfig",

@@ -1,0 +1,206 @@
+"""`d2l evaluate qa` and `d2l evaluate facts`: what does the base model know of a document it has an adapter for?
+
+    documents (driver) -> internalize, ask under every condition (actors) -> answers.jsonl, MLflow (driver) -> report
+
+`qa` asks the questions of a Parquet file, `facts` those of generated documents, whose names and phrasings no training
+document has. Rows: `no_document`; `in_context`, the document in the prompt; `d2l_wrong_document`, another document's
+adapter; `d2l`; `d2l_rank16` and the like, its adapter compressed further. Answers are written down as they come: the
+same command into the same folder continues where it stopped.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from d2l.adapter import check_rank
+from d2l.base_model import BUNDLED_MODELS
+from d2l.config import from_dict, to_dict
+from d2l.errors import UserError
+from d2l.hypernetwork import HypernetworkConfig, read_config
+from d2l.model import SHIPPED
+from pipelines import cluster, tracking
+from pipelines.evaluate import qa_data, qa_report
+from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.qa_data import Exam
+from pipelines.evaluate.qa_examiner import Examiner
+from pipelines.evaluate.qa_scores import scores
+from pipelines.evaluate.qa_trial import Setting, Trial
+from pipelines.progress import Progress
+from pipelines.tracking import TrackingConfig
+
+_ROW = re.compile(r"no_document|in_context|d2l_wrong_document|d2l|d2l_rank[1-9]\d*")
+_BATCH_DOCUMENTS = 16
+"""Documents that an actor takes at a time, at most ..."""
+_BATCH_QUESTIONS = 128
+"""... and questions, about, though never fewer than two documents: the wrong adapter is the other's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExaminerConfig:
+    """Who is asked, and under which conditions."""
+
+    hypernetwork: Path = SHIPPED
+    """Hypernetwork checkpoint; the shipped one by default."""
+    base: str | None = None
+    """Base model; by default the one the checkpoint names."""
+    rows: tuple[str, ...] = ("no_document", "in_context", "d2l_wrong_document", "d2l")
+    """What the base model has of a document: any of these, and `d2l_rank16` and the like."""
+    rank: int = 128
+    """Rank that documents are internalized to."""
+    timed: int = 3
+    """So many documents of each group are also run alone, to take the time."""
+    seed: int = 1_000_000
+    """Chooses or makes the documents."""
+    workers: int = 1
+    """Evaluating actors."""
+    gpus_per_worker: float = 0
+    """GPUs of one actor."""
+    output: Path | None = None
+    """Folder for answers, tables and plots, where the same command continues; a passing one by default."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateQaConfig(ExaminerConfig):
+    """Questions about real documents."""
+
+    data: str
+    """Parquet file, local or remote, with the columns `context`, `question`, `answers` (a list)."""
+    split: str | None = "dev"
+    """Only rows with this value in the column `split`; None for all."""
+    samples: int = 500
+    """Questions at most."""
+    per_document: int = 4
+    """Questions about one document at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFactsConfig(ExaminerConfig):
+    """Questions about generated facts."""
+
+    facts: tuple[int, ...] = (1, 4, 16, 64)
+    """Facts in a document, all of them asked for."""
+    documents: tuple[int, ...] = (200, 50, 20, 10)
+    """Documents of each number of facts."""
+
+
+def evaluate_qa(config: EvaluateQaConfig) -> dict[str, Any]:
+    """Evaluate, or go on with an evaluation.
+
+    Returns:
+        As `qa_report.write`.
+
+    Raises:
+        UserError: bad options, data that cannot be used, no such checkpoint or base model, or a folder with answers of
+            another setting.
+    """
+    if config.samples < 2 or config.per_document < 1:
+        raise UserError("--samples must be at least 2, --per-document at least 1")
+    exams = qa_data.from_parquet(config.data, config.split, config.samples, config.per_document, config.seed)
+    return _evaluate("qa", config, exams)
+
+
+def evaluate_facts(config: EvaluateFactsConfig) -> dict[str, Any]:
+    """As `evaluate_qa`, of generated facts."""
+    if len(config.facts) != len(config.documents) or min(config.documents, default=0) < 2:
+        raise UserError("--documents needs a number of at least 2 for each of --facts")
+    return _evaluate("facts", config, qa_data.from_facts(config.facts, config.documents, config.seed))
+
+
+def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str, Any]:
+    config = replace(config, hypernetwork=config.hypernetwork.absolute())  # actors may run in other folders
+    setting = _check(config, qa_data.digest(exams))
+    with ExitStack() as stack:
+        passing = None if config.output else stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(passing or config.output or "").absolute()
+        record = Evaluation.open(folder, setting, name, config)
+        client = stack.enter_context(tracking.closing(record))
+        client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
+        log = AnswerLog(folder, Trial)
+        log.repair()
+        done = {(trial.group, trial.number) for trial in log.read()}
+        batches = [b for b in _batches(exams) if any((exam.group, exam.number) not in done for exam in b)]
+        if batches:
+            cluster.connect()
+            _run(config, batches, len(exams), done, log)
+        trials = list(log.read())
+        found, gains = scores(trials, config.rows)
+        about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [record.run_id]}
+        result = qa_report.write(folder, found, gains, about | {"devices": sorted({t.device for t in trials})})
+        for score in found:
+            for measure in ("f1", "exact_match", "recall", "rouge_l"):
+                key = f"{score.group.replace(' ', '_')}/{score.name}/{measure}"
+                client.log_metric(record.run_id, key, getattr(score, measure))
+        for path in (log.path, *qa_report.files(folder)):
+            client.log_artifact(record.run_id, str(path))
+    return result
+
+
+def _check(config: ExaminerConfig, data: str) -> Setting:
+    """The setting, once all that can be known without the base model is seen to be right."""
+    for row in config.rows:
+        if not _ROW.fullmatch(row):
+            raise UserError(
+                f"--rows {row}: unknown; known are no_document, in_context, d2l_wrong_document, d2l, and d2l_rank16 "
+                "or another rank"
+            )
+    if not config.rows or len(set(config.rows)) < len(config.rows):
+        raise UserError("--rows needs at least one row, each once")
+    if config.workers < 1 or config.timed < 0:
+        raise UserError("--workers must be at least 1, --timed at least 0")
+    values = read_config(config.hypernetwork)
+    made = from_dict(HypernetworkConfig, values["hypernetwork"], f"{config.hypernetwork}/config.json: hypernetwork")
+    for rank in (config.rank, *(int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row)):
+        check_rank(rank, made.bias_rank)
+    base = config.base or values["base_model"]
+    return Setting(values["fingerprint"], BUNDLED_MODELS.get(base, base), data, config.rows, config.seed)
+
+
+def _batches(exams: list[Exam]) -> list[list[Exam]]:
+    """Documents of one group that are taken together: the same ones whatever has been answered before."""
+    batches: list[list[Exam]] = []
+    for group in dict.fromkeys(exam.group for exam in exams):
+        own: list[list[Exam]] = [[]]
+        for exam in (exam for exam in exams if exam.group == group):
+            questions = sum(len(e.sample.questions) for e in own[-1])
+            full = len(own[-1]) == _BATCH_DOCUMENTS or questions >= _BATCH_QUESTIONS
+            if full and len(own[-1]) > 1:
+                own.append([])
+            own[-1].append(exam)
+        if len(own) > 1 and len(own[-1]) == 1:
+            own[-2] += own.pop()
+        batches += own
+    return batches
+
+
+def _run(
+    config: ExaminerConfig, batches: list[list[Exam]], total: int, done: set[tuple[str, int]], log: AnswerLog[Trial]
+) -> None:
+    examined = ray.data.from_arrow(list(_tables(config, batches))).map_batches(
+        Examiner,
+        fn_constructor_args=(config,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        num_gpus=config.gpus_per_worker or None,
+    )
+    with Progress("asking questions, documents", total) as progress:
+        progress.advance(len(done), "answered before")
+        for batch in examined.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            log.append(batch["trial"].tolist())
+            progress.advance(len(batch["trial"]), "")
+
+
+def _tables(config: ExaminerConfig, batches: list[list[Exam]]) -> Iterator[pa.Table]:
+    for batch in batches:
+        records = [{"exam": json.dumps(to_dict(exam)), "timed": exam.number < config.timed} for exam in batch]
+        yield pa.Table.from_pylist(records)

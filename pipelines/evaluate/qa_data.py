@@ -1,0 +1,101 @@
+"""Documents with questions to be asked: rows of a Parquet file, or generated facts."""
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from d2l.errors import UserError
+from d2l.tasks.facts import FactsConfig, make_facts
+from d2l.tasks.sample import Sample
+
+_COLUMNS = ("context", "question", "answers")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A document with its questions, and the answers that are right."""
+
+    group: str
+    """See `qa_trial.Trial`."""
+    number: int
+    """See `qa_trial.Trial`."""
+    sample: Sample
+    """Document and questions; its answers are the first right ones."""
+    expected: tuple[tuple[str, ...], ...]
+    """All right answers of each question."""
+
+
+def from_parquet(path: str, split: str | None, questions: int, per_document: int, seed: int) -> list[Exam]:
+    """Documents of a file with the columns `context`, `question`, `answers` (a list), and `split` if one is asked for.
+
+    Args:
+        path: local or remote (fsspec).
+        split: only rows of this one.
+        questions: how many in all, at most; those without a right answer are left out.
+        per_document: how many of a document, at most.
+        seed: chooses documents and questions; fewer questions are the first of more.
+
+    Raises:
+        UserError: no such file, columns or split, or too few documents.
+    """
+    filesystem, inner = url_to_fs(path)
+    if not filesystem.exists(inner):
+        raise UserError(f"{path}: no such file")
+    names = pq.read_schema(inner, filesystem=filesystem).names
+    wanted = [*_COLUMNS, *(["split"] if split else [])]
+    if missing := [name for name in wanted if name not in names]:
+        raise UserError(
+            f"{path}: no column {missing[0]!r}; it has {', '.join(names)}, and {', '.join(wanted)} are needed"
+        )
+    table = pq.read_table(inner, columns=wanted, filesystem=filesystem)
+    if split:
+        splits = pc.unique(table["split"]).to_pylist()
+        if split not in splits:
+            raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, splits))}")
+        table = table.filter(pc.equal(table["split"], split))
+    documents: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    for row in table.to_pylist():
+        answers = tuple(dict.fromkeys(answer.strip() for answer in row["answers"] or () if answer and answer.strip()))
+        if row["context"] and row["question"] and answers:
+            documents[row["context"]].append((row["question"], answers))
+    rng = random.Random(seed)
+    exams: list[Exam] = []
+    left = questions
+    for number, context in enumerate(rng.sample(list(documents), len(documents))):
+        asked = documents[context]
+        asked = rng.sample(asked, min(len(asked), per_document))[:left]
+        if asked:
+            exams.append(_exam(split or "all", number, context, *zip(*asked, strict=True)))
+            left -= len(asked)
+    if len(exams) < 2:
+        raise UserError(
+            f"{path}: {len(exams)} documents with answered questions; at least 2 are needed, for each other"
+        )
+    return exams
+
+
+def from_facts(counts: tuple[int, ...], documents: tuple[int, ...], seed: int) -> list[Exam]:
+    """Held-out documents of generated facts, a group for each count."""
+    exams = []
+    for facts, many in zip(counts, documents, strict=True):
+        for number in range(many):
+            sample = make_facts(FactsConfig(facts, held_out=True), seed + facts * 1_000_003 + number)
+            group = f"{facts} fact{'s' if facts > 1 else ''}"
+            exams.append(Exam(group, number, sample, tuple((answer,) for answer in sample.answers)))
+    return exams
+
+
+def digest(exams: list[Exam]) -> str:
+    """Tells one set of documents from another."""
+    parts = [[e.sample.document, e.sample.questions, e.expected] for e in exams]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _exam(group: str, number: int, document: str, questions: tuple, answers: tuple) -> Exam:
+    return Exam(group, number, Sample(document, questions, tuple(known[0] for known in answers)), answers)

@@ -1,0 +1,70 @@
+"""The actor of `d2l evaluate qa` and `facts`: internalizes documents, asks under every condition, takes the time."""
+
+import dataclasses
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from d2l.adapter import Adapter
+from d2l.config import from_dict
+from d2l.generation import SamplingConfig
+from d2l.internalize import InternalizeConfig
+from d2l.model import DocToLora
+from d2l.tasks.sample import Sample
+from pipelines import cluster
+from pipelines.evaluate.answers import Answers, line
+from pipelines.evaluate.asking import Asker
+from pipelines.evaluate.qa_data import Exam
+from pipelines.evaluate.qa_trial import Trial
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.qa import ExaminerConfig
+
+_SAMPLING = SamplingConfig(max_new_tokens=32)
+"""Room for an answer in a sentence."""
+
+
+class Examiner:
+    """The actor: batches of documents in, trials out."""
+
+    def __init__(self, config: "ExaminerConfig"):
+        self.config = config
+        model = DocToLora.from_pretrained(
+            config.hypernetwork, config.base, config=InternalizeConfig(max_rank=config.rank)
+        )
+        self.model, self.asker = model, Asker(model, _SAMPLING)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Lines for the log, of documents of one group, at least two."""
+        cluster.share_cores(self.config.workers)
+        tasks = batch.to_pylist()
+        exams = [from_dict(Exam, json.loads(task["exam"])) for task in tasks]
+        return pa.table({"trial": [line(trial) for trial in self._examine(exams, [t["timed"] for t in tasks])]})
+
+    def _examine(self, exams: list[Exam], timed: list[bool]) -> list[Trial]:
+        samples = [exam.sample for exam in exams]
+        adapters = self.model.internalize([sample.document for sample in samples])
+        columns = [self._row(row, samples, adapters, timed) for row in self.config.rows]
+        return [
+            Trial(exam.group, exam.number, exam.sample.questions, exam.expected, tuple(asked), self.asker.device())
+            for exam, *asked in zip(exams, *columns, strict=True)
+        ]
+
+    def _row(self, row: str, samples: list[Sample], adapters: list[Adapter], timed: list[bool]) -> list[Answers]:
+        if row == "in_context":
+            return [self.asker.ask_in_context(sample) for sample in samples]
+        if row == "no_document":
+            return self.asker.ask("no_document", samples, [None] * len(samples), timed)
+        if row == "d2l_wrong_document":
+            return self.asker.ask("wrong_document", samples, [*adapters[-1:], *adapters[:-1]], timed)
+        if row != "d2l":
+            rank = int(row.removeprefix("d2l_rank"))
+            return self.asker.ask("adapter", samples, [a.compress(rank) for a in adapters], timed, rank)
+        asked = self.asker.ask("adapter", samples, adapters, timed, self.config.rank)
+        seconds: list[Any] = [
+            self.asker.seconds(partial(self.model.internalize, sample.document)) if take else None
+            for sample, take in zip(samples, timed, strict=True)
+        ]
+        return [dataclasses.replace(a, seconds_per_document=s) for a, s in zip(asked, seconds, strict=True)]

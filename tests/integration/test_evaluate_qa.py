@@ -1,0 +1,81 @@
+"""Question answering evaluations on a real Ray cluster: every row, the record, and going on where it stopped."""
+
+import dataclasses
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from d2l.errors import UserError
+from pipelines.evaluate.answers import AnswerLog
+from pipelines.evaluate.qa import EvaluateFactsConfig, EvaluateQaConfig, evaluate_facts, evaluate_qa
+from pipelines.evaluate.qa_trial import Trial
+from pipelines.tracking import TrackingConfig
+from tests.conftest import tiny_hypernetwork
+from tests.unit.test_qa_scores import squad
+
+ROWS = ("no_document", "in_context", "d2l_wrong_document", "d2l", "d2l_rank6")
+
+
+@pytest.fixture(scope="module")
+def config(ray_cluster, tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("facts")
+    tiny_hypernetwork(tiny_llama).save_pretrained(folder / "hypernetwork")
+    return EvaluateFactsConfig(
+        hypernetwork=folder / "hypernetwork",
+        rows=ROWS,
+        rank=16,
+        facts=(1, 3),
+        documents=(3, 2),
+        timed=1,
+        workers=2,
+        output=folder / "report",
+        tracking=TrackingConfig(f"sqlite:///{folder}/mlflow.db", "test"),
+    )
+
+
+def test_an_evaluation_of_facts_asks_under_every_condition_and_goes_on(config):
+    result = evaluate_facts(config)
+    assert [(r["group"], r["name"], r["n"]) for r in result["rows"]] == [
+        (group, name, n) for group, n in (("1 fact", 3), ("3 facts", 6)) for name in ROWS
+    ]
+    assert [gain["group"] for gain in result["document_gain"]] == ["1 fact", "3 facts"]
+    named = {r["name"]: r for r in result["rows"] if r["group"] == "1 fact"}
+    assert 0 < named["d2l_rank6"]["extra_bytes"] < named["d2l"]["extra_bytes"]
+    assert named["d2l"]["seconds_per_document"] > 0
+    client = MlflowClient(config.tracking.uri)
+    run = client.get_run(result["mlflow_runs"][0])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["3_facts/d2l/f1"] == next(
+        r["f1"] for r in result["rows"] if (r["group"], r["name"]) == ("3 facts", "d2l")
+    )
+    log = AnswerLog(config.output, Trial)
+    whole = list(log.read())
+    lines = log.path.read_text().splitlines(keepends=True)
+    kept = [line for line, trial in zip(lines, whole, strict=True) if trial.group == "1 fact"]
+    log.path.write_text("".join(kept) + lines[-1][:40])
+    again = evaluate_facts(config)
+    assert again["mlflow_runs"] == result["mlflow_runs"]
+    answers = {(t.group, t.number): [a.answers for a in t.asked] for t in whole}
+    assert {(t.group, t.number): [a.answers for a in t.asked] for t in log.read()} == answers
+    with pytest.raises(UserError, match="another setting"):
+        evaluate_facts(dataclasses.replace(config, seed=5))
+
+
+def test_an_evaluation_of_questions_takes_a_parquet_file(config, tmp_path):
+    asked = EvaluateQaConfig(
+        data=squad(tmp_path / "squad.parquet"),
+        hypernetwork=config.hypernetwork,
+        rows=("d2l_wrong_document", "d2l"),
+        samples=6,
+        per_document=2,
+        rank=16,
+        timed=0,
+        tracking=config.tracking,
+    )
+    result = evaluate_qa(asked)
+    assert [(r["group"], r["name"], r["n"]) for r in result["rows"]] == [
+        ("dev", "d2l_wrong_document", 6),
+        ("dev", "d2l", 6),
+    ]
+    with pytest.raises(UserError, match="--rows d3l: unknown"):
+        evaluate_qa(dataclasses.replace(asked, rows=("d3l",)))

@@ -1,0 +1,113 @@
+"""Question answering: the measures, the data, and scores with their intervals."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import image
+
+from d2l.errors import UserError
+from pipelines.evaluate import qa_data, qa_report
+from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.qa_scores import scores
+from pipelines.evaluate.qa_trial import Trial
+from pipelines.evaluate.text_scores import MEASURES, measured, words
+
+WORDS = st.lists(st.sampled_from(["red", "green", "blue", "house", "tree", "the", "of", "12", "."]), max_size=8).map(
+    " ".join
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "f1", "exact_match", "recall", "rouge_l"),
+    [
+        ("The Eiffel Tower.", ["Eiffel tower"], 1, 1, 1, 1),
+        ("It is the Eiffel Tower", ["Eiffel Tower"], 2 / 3, 0, 1, 2 / 3),
+        ("tower eiffel", ["Eiffel Tower"], 1, 0, 0, 1 / 2),
+        ("3.62", ["362"], 1, 1, 1, 1),  # as SQuAD's own script: punctuation goes
+        ("Lyon", ["Paris", "in Lyon"], 2 / 3, 0, 0, 2 / 3),
+        ("", ["Paris"], 0, 0, 0, 0),
+    ],
+)
+def test_measures_are_those_of_squad_and_rouge(
+    answer: str, expected: list[str], f1: float, exact_match: float, recall: float, rouge_l: float
+) -> None:
+    found = measured(answer, expected)
+    assert (found["f1"], found["exact_match"], found["recall"], found["rouge_l"]) == pytest.approx(
+        (f1, exact_match, recall, rouge_l)
+    )
+
+
+@given(WORDS, WORDS)
+def test_measures_stay_in_bounds_and_agree_on_what_is_perfect(answer: str, right: str) -> None:
+    found = measured(answer, [right])
+    assert all(0 <= value <= 1 for value in found.values())
+    assert set(found) == set(MEASURES)
+    assert found["rouge_l"] <= found["f1"] + 1e-9  # a common subsequence is common words
+    if words(answer) == words(right):
+        assert set(found.values()) == {1.0}
+    if found["exact_match"]:
+        assert words(answer) == words(right)
+
+
+def squad(path, rows: int = 12):
+    records = [
+        {
+            "context": f"Paragraph {i // 3}.",
+            "question": f"Question {i}?",
+            "answers": [] if i == 1 else [f"answer {i}", f"answer {i}", "other"],
+            "split": "train" if i < 3 else "dev",
+        }
+        for i in range(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return str(path)
+
+
+def test_rows_become_documents_with_all_right_answers(tmp_path) -> None:
+    exams = qa_data.from_parquet(squad(tmp_path / "a.parquet"), "dev", 100, 2, 0)
+    assert {exam.sample.document for exam in exams} == {"Paragraph 1.", "Paragraph 2.", "Paragraph 3."}
+    assert all(len(exam.sample.questions) == 2 and len(exam.expected[0]) == 2 for exam in exams)
+    assert qa_data.from_parquet(squad(tmp_path / "a.parquet"), "dev", 3, 2, 0)[0] == exams[0]
+    assert (
+        sum(len(e.sample.questions) for e in qa_data.from_parquet(squad(tmp_path / "a.parquet"), "dev", 3, 2, 0)) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "message"),
+    [("test", 12, "no split 'test'; it has train, dev"), ("train", 12, "1 documents with answered questions")],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, split: str, rows: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        qa_data.from_parquet(squad(tmp_path / "a.parquet", rows), split, 10, 4, 0)
+    with pytest.raises(UserError, match="no such file"):
+        qa_data.from_parquet(str(tmp_path / "b.parquet"), split, 10, 4, 0)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="no column 'context'"):
+        qa_data.from_parquet(str(tmp_path / "c.parquet"), None, 10, 4, 0)
+
+
+def trial(number: int, answer: str, wrong: str) -> Trial:
+    asked = (Answers("wrong_document", (wrong,)), Answers("adapter", (answer,), 128, 1000, None, 2.0, 0.5))
+    return Trial("dev", number, ("Who?",), (("blue house",),), asked, "cpu")
+
+
+def test_scores_have_intervals_over_documents_and_a_gain(tmp_path) -> None:
+    rows = ("d2l_wrong_document", "d2l")
+    trials = [trial(i, "blue house" if i % 2 else "blue", "red") for i in range(40)]
+    found, gains = scores(trials, rows)
+    wrong, right = found
+    assert [(s.name, s.n) for s in found] == [("d2l_wrong_document", 40), ("d2l", 40)]
+    assert (wrong.f1, wrong.f1_low, wrong.f1_high) == (0, 0, 0)
+    assert right.f1 == pytest.approx((1 + 2 / 3) / 2)
+    assert 0.3 < right.exact_match_low < right.exact_match == 0.5 < right.exact_match_high < 0.7
+    assert (right.seconds_per_document, right.seconds_per_answer, right.extra_bytes) == (2.0, 0.5, 1000)
+    assert gains[0].f1 == pytest.approx(right.f1)
+    assert 0 < gains[0].low < gains[0].f1 < gains[0].high
+    about = {"hypernetwork": "abcd", "base": "base", "mlflow_runs": ["1"], "devices": ["cpu"]}
+    result = qa_report.write(tmp_path, found, gains, about)
+    assert [row["name"] for row in result["rows"]] == list(rows)
+    assert "+0.833 F1" in (tmp_path / "results.md").read_text()
+    assert image.imread(tmp_path / "scores.png").std() > 0.05
