@@ -159,10 +159,10 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[Run], scale:
     if uniform and count == len(a) and all(adapter == i for i, (_, _, adapter) in enumerate(runs)):
         hidden = torch.bmm(x.view(count, length, -1), a.mT)
         return torch.baddbmm(y.view(count, length, -1), hidden, b, alpha=scale).flatten(0, 1)
+    # Split and unbound once: slicing run by run would make autograd zero-fill all tokens and adapters at each run.
+    lengths, a_of, b_of = [end - start for start, end, _ in runs], a.unbind(), b.unbind()
     parts = [
-        y[start:end]
-        if adapter is None
-        else torch.addmm(y[start:end], x[start:end] @ a[adapter].mT, b[adapter], alpha=scale)
-        for start, end, adapter in runs
+        y_part if adapter is None else torch.addmm(y_part, x_part @ a_of[adapter].mT, b_of[adapter], alpha=scale)
+        for x_part, y_part, (_, _, adapter) in zip(x.split(lengths), y.split(lengths), runs, strict=True)
     ]
     return torch.cat(parts) if count > 1 else parts[0]
