@@ -18,7 +18,7 @@ from pipelines.teacher import TOP
 from pipelines.training.batches import PackedBatch, collate, pack
 from pipelines.training.parquet import open_row_groups
 from pipelines.training.stages import WINDOW_BATCHES, dev_batches, open_stages
-from pipelines.training.tasks import Document, NeedleTask, QuestionsTask, RepeatTask, SourceConfig, open_task
+from pipelines.training.tasks import Document, FactsTask, NeedleTask, QuestionsTask, RepeatTask, SourceConfig, open_task
 
 
 def document(*chunks: int) -> Document:
@@ -206,6 +206,21 @@ def test_evaluation_is_on_other_documents(tiny_llama, tmp_path):
     assert not any(chunk in used for chunk in held_out)
 
 
+def test_facts_that_evaluation_asks_for_are_of_other_names(tiny_llama):
+    task = FactsTask(min_facts=2, max_facts=6, sentences=0.5)
+    recipe = recipe_of(tiny_llama, Share(task), dev_documents=8)
+    held_out = [d.text for batch in dev_batches(recipe, tiny_llama.tokenizer)["facts"] for d in batch.documents]
+    source = open_task(task, SourceConfig(ChunkingConfig()), "s", None)
+    assert source is not None
+    documents, _ = source.documents(tiny_llama.tokenizer, 0, 1, 0, 200)
+    assert {len(d.prompts) for d in documents} == {2, 3, 4, 5, 6}
+    decode = tiny_llama.tokenizer.decode
+    trained = {decode(prompt) for d in documents for prompt in d.prompts}
+    asked = [question for text in held_out if text for question in text[1]]
+    assert len(asked) >= 16
+    assert not any(question in prompt for question in asked for prompt in trained)
+
+
 def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
     source = open_task(NeedleTask(90, 90, keyed=1.0), SourceConfig(ChunkingConfig(max_chunk_tokens=64)), "s", None)
     assert source is not None
@@ -222,6 +237,7 @@ def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
     ("make", "message"),
     [
         (lambda: NeedleTask(50, 40), "min_tokens <= max_tokens"),
+        (lambda: FactsTask(3, 2), "min_facts <= max_facts"),
         (lambda: Stage(1, (Share(NeedleTask(40, 500)),), batch_tokens=400), "do not fit batch_tokens 400"),
         (lambda: Stage(1, ()), "tasks with weights above 0"),
         (lambda: Recipe(), "no steps"),
