@@ -1,11 +1,13 @@
-"""Adapters in memory, bounded by bytes, the least recently used leaving first.
+"""Adapters in memory, bounded by bytes, the least recently used leaving first, those in use never.
 
 Loads run concurrently and wait for nobody; requests for an adapter that is being loaded share its load.
 """
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from d2l.adapter import Adapter
 
@@ -13,35 +15,66 @@ Key = tuple[str, tuple[str, ...]]
 """Tenant and adapter ids: one, or those of a composition."""
 
 
+@dataclass
+class _Entry:
+    load: asyncio.Task[Adapter]
+    users: int = 0
+    """Requests that have the adapter or wait for it."""
+    nbytes: int = 0
+    """Once it is loaded."""
+
+
 class AdapterCache:
-    """Loads adapters, and keeps as many as fit. An adapter in use outlives its eviction; one too large is not kept."""
+    """Loads adapters, and keeps as many as fit.
+
+    Those in use count, and may alone be more than fit: no request waits for another one's memory.
+    """
 
     def __init__(self, capacity_bytes: int, load: Callable[[Key], Awaitable[Adapter]]):
         self.nbytes = 0
         """Bytes held."""
+        self.hits = 0
+        """Requests whose adapter was there, or on its way."""
+        self.loads = 0
+        """Those for which it was loaded."""
         self._capacity = capacity_bytes
         self._load = load
-        self._adapters: OrderedDict[Key, Adapter] = OrderedDict()
-        self._loads: dict[Key, asyncio.Task[Adapter]] = {}
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
 
-    async def get(self, key: Key) -> Adapter:
-        """The adapter, loaded if need be; whatever `load` raises, for all who wait for it."""
-        if key in self._adapters:
-            self._adapters.move_to_end(key)
-            return self._adapters[key]
-        if key not in self._loads:
-            self._loads[key] = asyncio.create_task(self._fill(key))
-        return await asyncio.shield(self._loads[key])  # one request's end is not that of the others' load
+    @asynccontextmanager
+    async def use(self, key: Key) -> AsyncIterator[Adapter]:
+        """The adapter, loaded if need be, and kept while the context lasts.
 
-    async def _fill(self, key: Key) -> Adapter:
+        Raises:
+            Whatever `load` raises, for all who wait for it; the next request tries again.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(asyncio.ensure_future(self._load(key)))
+            entry.load.add_done_callback(lambda load: self._loaded(key, entry, load))
+            self.loads += 1
+        else:
+            self.hits += 1
+        self._entries.move_to_end(key)
+        entry.users += 1
         try:
-            adapter = await self._load(key)
+            yield await asyncio.shield(entry.load)  # one request's end is not that of the others' load
         finally:
-            del self._loads[key]
-        if adapter.nbytes <= self._capacity:
-            self._adapters[key] = adapter
-            self.nbytes += adapter.nbytes
-            while self.nbytes > self._capacity:
-                _, evicted = self._adapters.popitem(last=False)
-                self.nbytes -= evicted.nbytes
-        return adapter
+            entry.users -= 1
+            self._evict()
+
+    def _loaded(self, key: Key, entry: _Entry, load: asyncio.Task[Adapter]) -> None:
+        if load.cancelled() or load.exception():
+            del self._entries[key]
+            return
+        entry.nbytes = load.result().nbytes
+        self.nbytes += entry.nbytes
+        self._evict()
+
+    def _evict(self) -> None:
+        for key, entry in list(self._entries.items()):
+            if self.nbytes <= self._capacity:
+                return
+            if not entry.users and entry.load.done():
+                del self._entries[key]
+                self.nbytes -= entry.nbytes

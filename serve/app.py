@@ -56,12 +56,16 @@ class ServeConfig:
     """CPU cores of each engine, and so its threads."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base model; auto is what the device is fast at."""
-    max_batch_size: int = 16
+    max_batch_size: int = 32
     """Requests that an engine decodes together at most."""
     max_queued_requests: int = 64
     """Requests that wait for an engine at most; more are answered with 429."""
     adapter_cache_bytes: int = 2**30
     """Adapters that each engine keeps in memory, in bytes."""
+    adapter_disk_bytes: int = 10 * 2**30
+    """Adapters from object storage that a machine keeps on disk, in bytes; 0 for none."""
+    request_timeout_s: float = 300
+    """Seconds that an answer may take, waiting included; then it ends with 504."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._/-]+", self.alias):
@@ -69,7 +73,9 @@ class ServeConfig:
         for name in ("replicas", "max_batch_size", "max_queued_requests", "adapter_cache_bytes"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        for name in ("gpus_per_replica", "cpus_per_replica"):
+        if self.request_timeout_s <= 0:
+            raise UserError(f"request_timeout_s must be positive, got {self.request_timeout_s}")
+        for name in ("gpus_per_replica", "cpus_per_replica", "adapter_disk_bytes"):
             if (value := getattr(self, name)) < 0:
                 raise UserError(f"{name} must not be negative, got {value}")
 
@@ -89,12 +95,15 @@ def build(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         max_ongoing_requests=ongoing,
         max_queued_requests=config.max_queued_requests,
+        graceful_shutdown_timeout_s=config.request_timeout_s,  # a replica that leaves finishes its answers
     ).bind(
         store=store,
         base=base,
         device="cuda" if config.gpus_per_replica else "cpu",
         dtype=config.dtype,
         cache_bytes=config.adapter_cache_bytes,
+        disk_bytes=config.adapter_disk_bytes,
+        timeout_s=config.request_timeout_s,
         batching=BatcherConfig(config.max_batch_size),
     )
     capacity = ongoing * config.replicas + config.max_queued_requests

@@ -1,15 +1,15 @@
-"""Concurrent requests gathered into batches and decoded in a thread of their own, each with its own adapter.
+"""Concurrent requests in one running batch, in a thread of their own: continuous batching.
 
-Only that thread touches the model, so nothing needs a lock. A batch takes the requests that have come while the last
-one ran; rows leave it when they are done or when their reader has gone. Joining a running batch (continuous batching)
-would be a `DecodingBatch` that takes rows.
+Only that thread touches the model, so nothing needs a lock. Requests join the batch between two tokens, in the order in
+which they came, as soon as there is room for a row and its keys and values; they leave it when they are done or when
+their reader has gone.
 """
 
 import asyncio
 import queue
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -17,19 +17,22 @@ import torch
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
-from serve.decoding import DecodingBatch, choose
+from serve.decoding import DecodingBatch, Row, sample
+from serve.errors import ApiError
 from serve.logprobs import TokenLogprob, token_logprob
 from serve.text_stream import TextStream
 
 
 @dataclass(frozen=True)
 class BatcherConfig:
-    """How requests are gathered."""
+    """How requests share the model."""
 
-    max_batch_size: int = 16
+    max_batch_size: int = 32
     """Requests decoded together at most."""
-    wait_s: float = 0.005
-    """How long an idle engine waits for company to its first request."""
+    max_batch_tokens: int = 131_072
+    """Tokens of their prompts and answers at most, which bounds keys and values; a longer request runs alone."""
+    prefill_tokens: int = 512
+    """Tokens of prompts in one step at most: how long one prompt makes all others wait."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,15 @@ class Piece:
 
 
 class Batcher:
-    """Answers jobs in batches."""
+    """Answers jobs in a running batch."""
 
     def __init__(self, base: BaseModel, config: BatcherConfig | None = None):
         self._base = base
         self._config = config or BatcherConfig()
-        self._waiting: queue.SimpleQueue[_Row] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
+        self._next: _Answer | None = None
+        self._batch = DecodingBatch(base)
+        self._rows: dict[Row, _Answer] = {}
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -73,12 +79,27 @@ class Batcher:
         """Whether jobs are being answered at all."""
         return self._thread.is_alive()
 
+    @property
+    def running(self) -> int:
+        """Jobs in the batch."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not joined it yet."""
+        return self._waiting.qsize() + (self._next is not None)
+
     async def stream(self, job: Job) -> AsyncIterator[Piece]:
         """Pieces of the answer as they are generated. Closing the iterator gives the job up."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        row = _Row(job, self._base, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
-        self._waiting.put(row)
+
+        def send(piece: Piece | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed, and with it went the reader
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        answer = _Answer(job, self._base, send)
+        self._waiting.put(answer)
         try:
             while True:
                 piece = await pieces.get()
@@ -88,45 +109,64 @@ class Batcher:
                 if piece.finish_reason:
                     return
         finally:
-            row.done = True
+            answer.done = True
 
     def _work(self) -> None:
         while True:
-            rows = self._gather()
+            self._drop()
+            self._admit()
             try:
-                self._decode(rows)
-            except Exception as error:  # one batch's misfortune (out of memory) must not end the others
-                for row in rows:
-                    row.send(error)
+                self._step()
+            except Exception as error:  # one batch's misfortune (out of memory) must not end those that come after it
+                for answer in self._rows.values():
+                    answer.fail(error)
+                self._rows.clear()
+                self._batch = DecodingBatch(self._base)
 
-    def _gather(self) -> list["_Row"]:
-        rows = [self._waiting.get()]
-        deadline = time.monotonic() + self._config.wait_s
-        while len(rows) < self._config.max_batch_size:
+    def _drop(self) -> None:
+        """Let the rows go that are done."""
+        for row in [row for row, answer in self._rows.items() if answer.done]:
+            self._batch.remove(row)
+            del self._rows[row]
+
+    def _admit(self) -> None:
+        """Take in jobs while there is room; with nothing to do, wait for one."""
+        while len(self._rows) < self._config.max_batch_size:
+            if self._next is None:
+                try:
+                    self._next = self._waiting.get(block=not self._rows)
+                except queue.Empty:
+                    return
+            tokens = self._next.max_tokens + sum(answer.max_tokens for answer in self._rows.values())
+            if self._rows and not self._next.done and tokens > self._config.max_batch_tokens:
+                return
+            answer, self._next = self._next, None
+            if answer.done:
+                continue
+            job = answer.job
             try:
-                rows.append(self._waiting.get(timeout=max(0, deadline - time.monotonic())))
-            except queue.Empty:
-                break
-        return rows
+                row = self._batch.add(job.prompt, job.adapter, job.sampling.max_new_tokens)
+            except Exception as error:
+                answer.fail(error)
+            else:
+                self._rows[row] = answer
 
-    def _decode(self, rows: list["_Row"]) -> None:
-        rows = [row for row in rows if not row.done]
-        if not rows:
-            return
-        batch = DecodingBatch(self._base, [row.job.prompt for row in rows], [row.job.adapter for row in rows])
-        while rows:
-            logits_RV = batch.logits()
-            tokens = [row.choose(logits_V) for row, logits_V in zip(rows, logits_RV, strict=True)]
-            for row, token in zip(rows, tokens, strict=True):
-                row.accept(token)
-            batch.append(tokens)
-            staying = [i for i, row in enumerate(rows) if not row.done]
-            if len(staying) < len(rows):
-                batch.keep(staying)
-                rows = [rows[i] for i in staying]
+    def _step(self) -> None:
+        """A token more for every row that decodes."""
+        rows, logits_RV = self._batch.step(self._config.prefill_tokens)
+        finite = logits_RV.isfinite().all(-1).tolist()
+        best = logits_RV.argmax(-1).tolist()
+        for i, row in enumerate(rows):
+            answer = self._rows[row]
+            if not finite[i]:  # its adapter's numbers are none; nobody else's row is touched by that
+                answer.fail(ApiError(500, "This model's adapter is damaged.", "adapter_unavailable"))
+                continue
+            token = answer.choose(logits_RV[i], best[i])
+            row.new.append(token)
+            answer.accept(token)
 
 
-class _Row:
+class _Answer:
     """A job on its way."""
 
     def __init__(self, job: Job, base: BaseModel, send: Callable[[Piece | Exception], object]):
@@ -134,6 +174,7 @@ class _Row:
         self.send = send
         self.done = False
         """Finished, or given up by its reader (who sets it from another thread)."""
+        self.max_tokens = len(job.prompt) + job.sampling.max_new_tokens
         self._stop_ids = base.stop_ids
         self._tokenizer = base.tokenizer
         self._text = TextStream(base.tokenizer, job.stops)
@@ -141,9 +182,10 @@ class _Row:
         self._logprobs: list[TokenLogprob] = []
         self._generator = torch.Generator(base.device).manual_seed(job.seed) if job.seed is not None else None
 
-    def choose(self, logits_V: torch.Tensor) -> int:
-        """The next token."""
-        token = choose(logits_V, self.job.sampling, self._generator)
+    def choose(self, logits_V: torch.Tensor, best: int) -> int:
+        """The next token, where `best` is the most likely one."""
+        sampling = self.job.sampling
+        token = sample(logits_V, sampling, self._generator) if sampling.temperature else best
         if self.job.logprobs is not None and token not in self._stop_ids:
             self._logprobs.append(token_logprob(self._tokenizer, logits_V, token, self.job.logprobs))
         return token
@@ -158,6 +200,11 @@ class _Row:
         if full and not self._text.stopped:
             text += self._text.flush()
         return self._emit(text, "stop" if self._text.stopped else "length" if full else None)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self.done = True
+        self.send(error)
 
     def _emit(self, text: str, finish_reason: str | None) -> None:
         if text or finish_reason:

@@ -1,66 +1,111 @@
-"""One batch of prompts on its way through the model, a token at a time, each row with its own adapter or none.
+"""The running batch: rows at any stage of their answers, each with its own adapter or none, a token further each step.
 
-Stepping by hand, where the library's `generate` runs a batch to its end, lets every row have its own sampling, length
-and stop strings, be read while it grows, and leave when it is done or nobody waits for it any more.
+Stepping by hand, where the library's `generate` runs a batch to its end, lets rows come and go at any token, and
+prompts be read in pieces beside the rows that decode. One forward pass a step takes the new tokens of all rows.
+
+transformers' own `continuous_batching` (5.24) was considered: it packs tokens likewise, but says to no one outside
+which token is whose, so no request can have an adapter; its requests have no seeds; and on the CPU its attention is one
+product of all rows' tokens with all rows' keys, masked, whose cost grows with the square of the rows.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
-from d2l.injection import Rows, inject, place_rows
+from d2l.injection import Segments, inject
+from serve.adapter_slots import AdapterSlots, Slot
+from serve.kv_cache import KVCache, Place, attending
+
+
+@dataclass(eq=False)
+class Row:
+    """A row of the batch."""
+
+    place: Place
+    slot: Slot | None
+    new: list[int]
+    """Tokens that the model has not seen yet."""
 
 
 class DecodingBatch:
-    """The state of a batch: KV cache, attention mask, and the tokens that the model has not seen yet."""
+    """Rows, their keys and values, and their adapters."""
 
-    def __init__(self, base: BaseModel, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None]):
+    def __init__(self, base: BaseModel):
         self._base = base
-        self._cache = DynamicCache(config=base.model.config)
-        width = max(map(len, prompts))
-        ids = [[base.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self._new_RT = torch.tensor(ids, device=base.device)
-        self._mask_RT = torch.tensor(mask, device=base.device)
-        self._factors, self._rows, self._layers = place_rows(base, adapters)
+        self._cache = KVCache(base)
+        self._slots = AdapterSlots(base)
+        self._rows: dict[Place, Row] = {}
+
+    def add(self, prompt: Sequence[int], adapter: Adapter | None, max_new_tokens: int) -> Row:
+        """A row for a prompt."""
+        place = self._cache.add(len(prompt) + max_new_tokens)
+        try:
+            slot = self._slots.acquire(adapter) if adapter else None
+        except BaseException:  # out of memory
+            self._cache.remove(place)
+            raise
+        self._rows[place] = Row(place, slot, list(prompt))
+        return self._rows[place]
+
+    def remove(self, row: Row) -> None:
+        """Let a row go."""
+        del self._rows[row.place]
+        self._cache.remove(row.place)
+        if row.slot is not None:
+            self._slots.release(row.slot)
 
     @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Run the new tokens: logits [rows, vocabulary] of each row's next one, in fp32."""
-        positions = (self._mask_RT.cumsum(1) - 1).clamp(min=0)[:, -self._new_RT.shape[1] :]
-        with inject(self._base, self._factors, self._rows, self._layers):
+    def step(self, prefill_tokens: int) -> tuple[list[Row], Tensor]:
+        """Run the new tokens: all that decode, and of the prompts, first come first, at most that many tokens.
+
+        Returns:
+            The rows whose tokens have all been seen, and logits [rows, vocabulary] of each one's next token, in fp32.
+            They are to be given that token.
+        """
+        counts: dict[Place, int] = {}
+        for row in self._rows.values():
+            counts[row.place] = 1 if len(row.new) == 1 else min(len(row.new), prefill_tokens)
+            prefill_tokens -= counts[row.place] if len(row.new) > 1 else 0
+        step = self._cache.plan(counts)
+        rows = [self._rows[place] for place in step.places]
+        ids, positions, offsets = [], [], [0]
+        for row in rows:
+            count = counts[row.place]
+            ids += row.new[:count]
+            positions += range(row.place.length, row.place.length + count)
+            offsets.append(len(ids))
+        done = [i for i, row in enumerate(rows) if counts[row.place] == len(row.new)]
+        with ExitStack() as stack:
+            stack.enter_context(attending(self._base))
+            for table in dict.fromkeys(row.slot.table for row in rows if row.slot):
+                slots = [row.slot.index if row.slot and row.slot.table is table else None for row in rows]
+                placement = Segments(tuple(offsets), tuple(slots))
+                stack.enter_context(inject(self._base, table.factors, placement, table.layers))
             output = self._base.model(
-                input_ids=self._new_RT,
-                attention_mask=self._mask_RT,
-                position_ids=positions,
-                cache=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
+                input_ids=self._tensor([ids]),
+                position_ids=self._tensor([positions]),
+                use_cache=False,
+                logits_to_keep=self._tensor([offsets[i + 1] - 1 for i in done]),
+                step=step,
             )
-        return output.logits[:, -1].float()
+        for row in rows:
+            row.place.length += counts[row.place]
+            row.new = row.new[counts[row.place] :]
+        return [rows[i] for i in done], output.logits[0].float()
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Give each row its next token."""
-        self._new_RT = torch.tensor(tokens, device=self._base.device).unsqueeze(1)
-        self._mask_RT = torch.cat([self._mask_RT, torch.ones_like(self._new_RT)], 1)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let all other rows go."""
-        index = torch.tensor(rows, dtype=torch.long, device=self._base.device)
-        self._cache.batch_select_indices(index)
-        self._new_RT, self._mask_RT = self._new_RT[index], self._mask_RT[index]
-        self._rows = Rows(tuple(self._rows.adapters[row] for row in rows))
+    def _tensor(self, numbers: list) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._base.device)
 
 
-def choose(logits_V: Tensor, sampling: SamplingConfig, generator: torch.Generator | None) -> int:
-    """The next token of one row."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
+def sample(logits_V: Tensor, sampling: SamplingConfig, generator: torch.Generator | None) -> int:
+    """The next token of one row, at a temperature above 0."""
     scores = TemperatureLogitsWarper(sampling.temperature)(None, logits_V.unsqueeze(0))
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)

@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
 import jinja2
@@ -20,8 +20,10 @@ from d2l.factors import map_tensors
 from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
 from serve.adapter_cache import AdapterCache, Key
+from serve.adapter_disk import AdapterDisk
 from serve.batcher import Batcher, BatcherConfig, Job, Piece
 from serve.errors import ApiError
+from serve.metrics import AnswerTimer, EngineMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,14 +63,28 @@ class Engine:
         device: where it runs.
         dtype: of its weights.
         cache_bytes: adapters kept in memory.
-        batching: how requests share batches.
+        disk_bytes: adapters kept on this machine's disk, where the store is not there itself.
+        timeout_s: for a request, from when it is here to the end of its answer.
+        batching: how requests share the model.
     """
 
-    def __init__(self, store: str, base: str, device: str, dtype: str, cache_bytes: int, batching: BatcherConfig):
+    def __init__(
+        self,
+        store: str,
+        base: str,
+        device: str,
+        dtype: str,
+        cache_bytes: int,
+        disk_bytes: int,
+        timeout_s: float,
+        batching: BatcherConfig,
+    ):
         self._base = load_base_model(base, device, dtype)
-        self._store = AdapterStore(store)
+        self._disk = AdapterDisk(AdapterStore(store), disk_bytes)
         self._cache = AdapterCache(cache_bytes, lambda key: asyncio.to_thread(self._load, key))
+        self._timeout_s = timeout_s
         self._batcher = Batcher(self._base, batching)
+        self._metrics = EngineMetrics(self._batcher, self._cache)
 
     async def complete(self, request: EngineRequest) -> Piece:
         """The answer in one piece. Raises as `stream` does."""
@@ -83,12 +99,33 @@ class Engine:
 
         Raises:
             UserError: the prompt does not fit the model, or the adapters do not compose.
-            ApiError: an adapter cannot be loaded.
+            ApiError: an adapter cannot be loaded, or the answer takes too long.
         """
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        timer = AnswerTimer(self._metrics)
+        async with aclosing(self._answer(request)) as pieces:  # an abandoned iterator ends now, not when collected
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        piece = await anext(pieces, None)
+                except TimeoutError:
+                    message = f"No complete answer within {self._timeout_s:g} s. Lower max_tokens, or try again later."
+                    raise ApiError(504, message, "timeout") from None
+                if piece is None:
+                    return
+                timer.saw(piece)
+                yield piece
+
+    async def _answer(self, request: EngineRequest) -> AsyncIterator[Piece]:
         prompt = await asyncio.to_thread(self._prompt, request)
-        adapter = await self._cache.get((request.tenant, request.adapter_ids)) if request.adapter_ids else None
-        job = Job(prompt, adapter, request.sampling, request.stops, request.seed, request.logprobs)
-        async with aclosing(self._batcher.stream(job)) as pieces:  # an abandoned iterator ends now, not when collected
+        async with AsyncExitStack() as stack:
+            stack.callback(self._metrics.report)
+            adapter = None
+            if request.adapter_ids:
+                adapter = await stack.enter_async_context(self._cache.use((request.tenant, request.adapter_ids)))
+            job = Job(prompt, adapter, request.sampling, request.stops, request.seed, request.logprobs)
+            pieces = await stack.enter_async_context(aclosing(self._batcher.stream(job)))
+            self._metrics.report()
             async for piece in pieces:
                 yield piece
 
@@ -96,6 +133,7 @@ class Engine:
         """Called by Serve, which replaces a replica that raises."""
         if not self._batcher.alive:
             raise RuntimeError("the decoding thread has ended")
+        self._metrics.report()
 
     def _prompt(self, request: EngineRequest) -> list[int]:
         prompt = self._tokens(request)
@@ -128,7 +166,7 @@ class Engine:
 
     def _fetch(self, tenant: str, adapter_id: str) -> Adapter:
         try:
-            adapter = self._store.get(tenant, adapter_id)
+            adapter = self._disk.get(tenant, adapter_id)
             warnings = adapter.check(self._base, f"adapter {adapter_id}")
         except UserError as error:  # not the client's mistake, and it names places that are none of its business
             logger.error("adapter cannot be served: %s", error)

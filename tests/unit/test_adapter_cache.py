@@ -1,4 +1,4 @@
-"""Adapters in memory: bounded by bytes, least recently used first out, loads shared and never in each other's way."""
+"""Adapters in memory: bounded by bytes, least recently used first out but for those in use, loads shared."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,10 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 from serve.adapter_cache import AdapterCache, Key
-
-
-def key(name: str) -> Key:
-    return "default", (name,)
 
 
 class Loader:
@@ -30,6 +26,11 @@ class Loader:
         return SimpleNamespace(name=name, nbytes=int(name) if name.isdigit() else 10)
 
 
+async def get(cache: AdapterCache, name: str, tenant: str = "default") -> SimpleNamespace:
+    async with cache.use((tenant, (name,))) as adapter:
+        return adapter
+
+
 def run(capacity: int, scenario: Callable[[AdapterCache, Loader], Awaitable[None]]) -> None:
     async def main() -> None:
         loader = Loader()
@@ -41,9 +42,10 @@ def run(capacity: int, scenario: Callable[[AdapterCache, Loader], Awaitable[None
 def test_least_recently_used_leaves_first():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
         for name in "abacab":
-            assert (await cache.get(key(name))).name == name
+            assert (await get(cache, name)).name == name
         assert loader.loads == ["a", "b", "c", "b"]  # a, used again before c came, stayed
         assert cache.nbytes == 20
+        assert (cache.hits, cache.loads) == (2, 4)
 
     run(20, scenario)
 
@@ -51,21 +53,51 @@ def test_least_recently_used_leaves_first():
 def test_never_over_capacity():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
         for name in ("5", "7", "11", "99", "30", "4"):
-            await cache.get(key(name))
+            await get(cache, name)
             assert cache.nbytes <= 30
-        await cache.get(key("99"))
+        await get(cache, "99")
         assert loader.loads.count("99") == 2  # larger than the cache: served, not kept
         assert loader.loads[-2:] == ["4", "99"]
 
     run(30, scenario)
 
 
+def test_adapters_in_use_stay():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        async with cache.use(("default", ("a",))):
+            for name in "bcd":
+                await get(cache, name)
+            await get(cache, "a")
+            assert loader.loads == ["a", "b", "c", "d"]
+            assert cache.nbytes == 20
+            async with cache.use(("default", ("25",))):
+                assert cache.nbytes == 35  # more than fits, all of it in use
+            assert cache.nbytes == 10
+        assert (await get(cache, "a")).name == "a"
+        assert loader.loads[-1] == "25"
+
+    run(20, scenario)
+
+
+def test_a_failing_request_lets_its_adapter_go():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with cache.use(("default", ("a",))):
+                raise ZeroDivisionError
+        await get(cache, "b")
+        assert cache.nbytes == 10
+        await get(cache, "a")
+        assert loader.loads == ["a", "b", "a"]
+
+    run(10, scenario)
+
+
 def test_concurrent_requests_share_a_load():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
         loader.gates["a"] = asyncio.Event()
-        waiting = [asyncio.create_task(cache.get(key("a"))) for _ in range(5)]
+        waiting = [asyncio.create_task(get(cache, "a")) for _ in range(5)]
         await asyncio.sleep(0)
-        assert (await cache.get(key("b"))).name == "b"  # while a is still loading
+        assert (await get(cache, "b")).name == "b"  # while a is still loading
         loader.gates["a"].set()
         assert len({id(adapter) for adapter in await asyncio.gather(*waiting)}) == 1
         assert loader.loads == ["a", "b"]
@@ -76,7 +108,7 @@ def test_concurrent_requests_share_a_load():
 def test_a_cancelled_request_leaves_the_load_to_the_others():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
         loader.gates["a"] = asyncio.Event()
-        first, second = (asyncio.create_task(cache.get(key("a"))) for _ in range(2))
+        first, second = (asyncio.create_task(get(cache, "a")) for _ in range(2))
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.sleep(0)
@@ -92,7 +124,7 @@ def test_a_failed_load_is_tried_again():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
         for _ in range(2):
             with pytest.raises(OSError, match="broken"):
-                await cache.get(key("broken"))
+                await get(cache, "broken")
         assert loader.loads == ["broken", "broken"]
         assert cache.nbytes == 0
 
@@ -101,8 +133,8 @@ def test_a_failed_load_is_tried_again():
 
 def test_tenants_share_nothing():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
-        await cache.get(("one", ("a",)))
-        await cache.get(("two", ("a",)))
+        await get(cache, "a", "one")
+        await get(cache, "a", "two")
         assert loader.loads == ["a", "a"]
 
     run(100, scenario)

@@ -1,10 +1,13 @@
-"""Batches decoded step by step: what the library's `generate` says, whatever the company."""
+"""Batches that requests join and leave: what the library's `generate` says, whatever the company."""
 
 import asyncio
+import contextlib
 import dataclasses
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from d2l import generation
 from d2l.adapter import Adapter, Provenance
@@ -12,6 +15,8 @@ from d2l.base_model import BaseModel
 from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
 from serve.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.decoding import DecodingBatch
+from serve.errors import ApiError
 
 QUESTIONS = ("What is the magic number?", "Who reads a document once? Answer with a long story, please.", "9?")
 
@@ -42,7 +47,7 @@ async def read(batcher: Batcher, job: Job) -> list[Piece]:
 
 
 def answers(base: BaseModel, jobs: list[Job]) -> list[list[Piece]]:
-    batcher = Batcher(base, BatcherConfig(max_batch_size=8, wait_s=0.5))
+    batcher = Batcher(base, BatcherConfig(max_batch_size=8))
 
     async def main() -> list[list[Piece]]:
         return await asyncio.gather(*(read(batcher, job) for job in jobs))
@@ -90,7 +95,7 @@ def test_stop_strings_end_an_answer(tiny_llama: BaseModel):
 
 
 def test_an_abandoned_job_leaves_its_batch(tiny_llama: BaseModel):
-    long = dataclasses.replace(jobs_for(tiny_llama)[0], sampling=SamplingConfig(10**9))
+    long = dataclasses.replace(jobs_for(tiny_llama)[0], sampling=SamplingConfig(30_000))
     batcher = Batcher(tiny_llama)
 
     async def main() -> None:
@@ -115,3 +120,103 @@ def test_a_failing_batch_is_reported_and_survived(tiny_llama: BaseModel, monkeyp
 
     asyncio.run(main())
     assert batcher.alive
+
+
+def _requests() -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
+    """Steps to wait before each request, its question, adapter (0 for none) and length of answer."""
+    return st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, len(QUESTIONS) - 1), st.integers(0, 3), st.integers(1, 20)),
+        min_size=1,
+        max_size=10,
+    )
+
+
+@hypothesis.settings(max_examples=15)
+@hypothesis.given(_requests(), st.integers(1, 6), st.sampled_from([3, 64]))
+def test_answers_do_not_depend_on_who_comes_and_goes(
+    tiny_llama: BaseModel, requests: list[tuple[int, int, int, int]], room: int, prefill_tokens: int
+):
+    """Requests join at random moments, some are given up, prompts are read in pieces: the library's answers."""
+    prompts = [tiny_llama.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
+    adapters = [None, *(adapter_for(tiny_llama, rank) for rank in (1, 4, 7))]
+    batch, waiting, running = DecodingBatch(tiny_llama), list(requests), []
+    wait = 0
+    while waiting or running:
+        while waiting and len(running) < room and wait >= waiting[0][0]:
+            _, question, adapter, length = waiting.pop(0)
+            row = batch.add(prompts[question], adapters[adapter], length)
+            running.append((row, (question, adapter, length), []))
+            wait = 0
+        wait += 1
+        if not running:
+            continue
+        rows, logits_RV = batch.step(prefill_tokens)
+        for row, logits_V in zip(rows, logits_RV, strict=True):
+            _, (question, adapter, length), tokens = next(each for each in running if each[0] is row)
+            token = int(logits_V.argmax())
+            tokens.append(token)
+            row.new.append(token)
+            given_up = length % 5 == 4 and len(tokens) > 2
+            if len(tokens) == length or token in tiny_llama.stop_ids or given_up:
+                batch.remove(row)
+                running = [each for each in running if each[0] is not row]
+                options = SamplingConfig(len(tokens))
+                (expected,) = generation.generate(tiny_llama, [prompts[question]], [adapters[adapter]], options)
+                assert [t for t in tokens if t not in tiny_llama.stop_ids] == expected
+
+
+def test_requests_join_a_running_batch(tiny_llama: BaseModel):
+    """A short one is answered while a long one goes on."""
+    long = dataclasses.replace(jobs_for(tiny_llama)[0], sampling=SamplingConfig(30_000))
+    batcher = Batcher(tiny_llama)
+
+    async def main() -> None:
+        async with contextlib.aclosing(batcher.stream(long)) as stream:
+            first = await anext(stream)
+            short = await asyncio.wait_for(read(batcher, jobs_for(tiny_llama)[1]), 60)
+            assert short[-1].finish_reason
+            assert (await anext(stream)).completion_tokens > first.completion_tokens
+
+    asyncio.run(main())
+
+
+def test_rows_and_their_tokens_are_bounded(tiny_llama: BaseModel):
+    job = dataclasses.replace(jobs_for(tiny_llama)[0], sampling=SamplingConfig(30_000))
+    tokens = len(job.prompt) + 30_000
+    for config, most in ((BatcherConfig(2), 2), (BatcherConfig(9, 3 * tokens), 3), (BatcherConfig(9, tokens // 2), 1)):
+        batcher = Batcher(tiny_llama, config)
+
+        async def main(batcher: Batcher = batcher, most: int = most) -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                streams = [await stack.enter_async_context(contextlib.aclosing(batcher.stream(job))) for _ in range(5)]
+                first = [asyncio.create_task(anext(stream)) for stream in streams]
+                await asyncio.wait_for(asyncio.gather(*first[:most]), 60)
+                assert (batcher.running, batcher.waiting) == (most, 5 - most)
+                for stream in streams[:most]:
+                    await stream.aclose()
+                await asyncio.wait_for(first[most], 60)
+                for task in first:
+                    task.cancel()
+                await asyncio.gather(*first, return_exceptions=True)
+
+        asyncio.run(main())
+
+
+def test_a_damaged_adapter_fails_alone(tiny_llama: BaseModel):
+    """Also where its row lay before nothing of it is left."""
+    jobs = jobs_for(tiny_llama)
+    factors = {"down_proj": LowRank(*(t * float("nan") for t in jobs[0].adapter.factors["down_proj"]))}
+    damaged = dataclasses.replace(jobs[0], adapter=dataclasses.replace(jobs[0].adapter, factors=factors))
+    batcher = Batcher(tiny_llama)
+
+    async def main() -> None:
+        *others, failed = await asyncio.gather(*(read(batcher, j) for j in (*jobs, damaged)), return_exceptions=True)
+        assert isinstance(failed, ApiError)
+        assert failed.status == 500
+        for job, pieces in zip(jobs, others, strict=True):
+            (ids,) = generation.generate(tiny_llama, [job.prompt], [job.adapter], job.sampling)
+            assert text(pieces) == tiny_llama.tokenizer.decode(ids, skip_special_tokens=True)
+        again = [await read(batcher, job) for job in jobs]
+        assert list(map(text, again)) == list(map(text, others))
+
+    asyncio.run(main())

@@ -1,0 +1,70 @@
+"""Adapters from object storage, kept on this machine's disk: what memory has let go comes back without a download.
+
+All engines of a machine share one folder. Adapters never change, so a copy is right for ever; one that is damaged, or
+that another engine evicts while it is read, is fetched again. What is erased from a store stays until its place is
+needed.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from d2l.adapter import COMMIT_MARK, Adapter
+from d2l.base_model import cache_folder
+from d2l.errors import UserError
+from d2l.store import AdapterStore
+
+logger = logging.getLogger("ray.serve")
+
+
+class AdapterDisk:
+    """A store seen through a bounded folder.
+
+    Args:
+        store: where adapters come from; nothing is kept of one that is on disk itself.
+        capacity_bytes: of the folder; 0 for none.
+        folder: by default one under `cache_folder()`.
+    """
+
+    def __init__(self, store: AdapterStore, capacity_bytes: int, folder: Path | None = None):
+        self._store = store
+        self._capacity = 0 if store.storage.is_local else capacity_bytes
+        self._folder = folder or cache_folder() / "adapters"
+        self._writing = threading.Lock()
+
+    def get(self, tenant: str, adapter_id: str) -> Adapter:
+        """As `AdapterStore.get`."""
+        folder = self._folder / hashlib.sha256(self._store.location(tenant, adapter_id).encode()).hexdigest()
+        if (folder / COMMIT_MARK).exists():
+            try:
+                adapter = Adapter.load(folder)
+                os.utime(folder)
+                return adapter
+            except (UserError, OSError) as error:
+                logger.warning("an adapter's copy is fetched again: %s", error)
+                shutil.rmtree(folder, ignore_errors=True)
+        adapter = self._store.get(tenant, adapter_id)
+        if adapter.nbytes <= self._capacity:
+            self._keep(adapter, folder)
+        return adapter
+
+    def _keep(self, adapter: Adapter, folder: Path) -> None:
+        try:
+            with self._writing:
+                adapter.save(folder)
+                self._evict()
+        except (UserError, OSError) as error:  # a full disk costs time, not answers
+            logger.warning("an adapter is not kept on disk: %s", error)
+
+    def _evict(self) -> None:
+        """Remove the folders that were used least recently until the others fit."""
+        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in self._folder.iterdir()}
+        excess = sum(sizes.values()) - self._capacity
+        for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+            if excess <= 0:
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            excess -= sizes[folder]

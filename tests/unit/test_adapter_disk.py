@@ -1,0 +1,92 @@
+"""Adapters on disk in front of object storage: fetched once, bounded, right whatever happens to the copies."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2l.adapter import WEIGHTS_FILE, Adapter
+from d2l.base_model import BaseModel
+from d2l.errors import UserError
+from d2l.store import AdapterStore
+from serve.adapter_disk import AdapterDisk
+from tests.conftest import random_adapter
+
+
+@pytest.fixture
+def store(s3_bucket: str, tiny_llama: BaseModel) -> AdapterStore:
+    store = AdapterStore(s3_bucket)
+    for number in range(4):
+        store.put("default", name(number), random_adapter(tiny_llama, seed=number))
+    return store
+
+
+def name(number: int) -> str:
+    return f"{number:032x}"
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return one.provenance == other.provenance and all(
+        torch.equal(s, t) for key in one.factors for s, t in zip(one.factors[key], other.factors[key], strict=True)
+    )
+
+
+def test_an_adapter_is_fetched_once(store: AdapterStore, tiny_llama: BaseModel, tmp_path: Path):
+    disk = AdapterDisk(store, 10**9, tmp_path)
+    assert same(disk.get("default", name(0)), random_adapter(tiny_llama, seed=0))
+    store.remove("default", name(0))
+    assert same(disk.get("default", name(0)), random_adapter(tiny_llama, seed=0))
+    assert same(AdapterDisk(store, 10**9, tmp_path).get("default", name(0)), random_adapter(tiny_llama, seed=0))
+    with pytest.raises(UserError, match="not a complete adapter"):
+        disk.get("other", name(0))
+
+
+def test_a_damaged_copy_is_fetched_again(store: AdapterStore, tiny_llama: BaseModel, tmp_path: Path):
+    disk = AdapterDisk(store, 10**9, tmp_path)
+    disk.get("default", name(1))
+    (copy,) = tmp_path.rglob(WEIGHTS_FILE)
+    copy.write_bytes(b"no weights")
+    assert same(disk.get("default", name(1)), random_adapter(tiny_llama, seed=1))
+    store.remove("default", name(1))
+    assert same(disk.get("default", name(1)), random_adapter(tiny_llama, seed=1))
+
+
+def test_the_least_recently_used_make_room(store: AdapterStore, tmp_path: Path):
+    AdapterDisk(store, 10**9, tmp_path).get("default", name(0))
+    nbytes = folder_bytes(tmp_path)
+    disk = AdapterDisk(store, 2 * nbytes + nbytes // 2, tmp_path)
+    for number in (1, 0, 2, 0, 3):
+        disk.get("default", name(number))
+        assert folder_bytes(tmp_path) <= 2.5 * nbytes
+        time.sleep(0.02)  # file systems date by ticks
+    for number in range(4):
+        store.remove("default", name(number))
+    for number, there in ((0, True), (1, False), (2, False), (3, True)):
+        if there:
+            disk.get("default", name(number))
+        else:
+            with pytest.raises(UserError):
+                disk.get("default", name(number))
+
+
+def test_a_folder_that_cannot_be_written_costs_no_answer(store: AdapterStore, tmp_path: Path):
+    (tmp_path / "file").touch()
+    assert AdapterDisk(store, 10**9, tmp_path / "file").get("default", name(2)).rank == 5
+
+
+def test_nothing_is_kept_of_a_local_store(tmp_path: Path, tiny_llama: BaseModel):
+    store = AdapterStore(tmp_path / "store")
+    store.put("default", name(0), random_adapter(tiny_llama))
+    AdapterDisk(store, 10**9, tmp_path / "disk").get("default", name(0))
+    assert not (tmp_path / "disk").exists()
+
+
+@pytest.mark.parametrize(("tenant", "adapter_id"), [("..", name(0)), ("default", "../secrets"), ("a/b", name(0))])
+def test_names_lead_nowhere_else(store: AdapterStore, tmp_path: Path, tenant: str, adapter_id: str):
+    with pytest.raises(UserError):
+        AdapterDisk(store, 10**9, tmp_path).get(tenant, adapter_id)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,49 @@
+"""The table of a batch's adapters: each slot holds what its adapter does, whatever was there before."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2l.base_model import BaseModel
+from serve.adapter_slots import AdapterSlots, Slot
+from tests.conftest import random_adapter
+
+KINDS = (
+    {"rank": 2},
+    {"rank": 7, "layers": (1, 2)},
+    {"rank": 3, "modules": ("k_proj",)},
+    {"rank": 5, "modules": ("down_proj", "k_proj"), "layers": (0, 3)},
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=30))
+def test_slots_hold_their_adapters(tiny_llama: BaseModel, steps: list[tuple[int, bool]]):
+    """Adapters of several ranks, modules and layers, acquired and released at random."""
+    adapters = [random_adapter(tiny_llama, seed=i, **KINDS[i % len(KINDS)]) for i in range(8)]
+    slots = AdapterSlots(tiny_llama)
+    held: list[tuple[int, Slot]] = []
+    for number, acquire in steps:
+        if acquire:
+            held.append((number, slots.acquire(adapters[number])))
+        elif held:
+            slots.release(held.pop(number % len(held))[1])
+        assert len({slot for _, slot in held}) == len({number for number, _ in held})
+        for number, slot in held:
+            own = adapters[number].scaled_factors()
+            assert slot.table.layers == adapters[number].layers
+            for name, table in slot.table.factors.items():
+                update = table.b[:, slot.index].mT @ table.a[:, slot.index]
+                torch.testing.assert_close(update, own[name].b.mT @ own[name].a)
+
+
+def test_an_adapter_stays_until_its_slot_is_needed(tiny_llama: BaseModel):
+    one, two, three = (random_adapter(tiny_llama, seed=i) for i in range(3))
+    slots = AdapterSlots(tiny_llama)
+    first, second = slots.acquire(one), slots.acquire(two)
+    assert first != second
+    table = first.table.factors["down_proj"].a
+    slots.release(first)
+    assert slots.acquire(one) == first
+    slots.release(first)
+    assert slots.acquire(three) == first
+    assert first.table.factors["down_proj"].a is table

@@ -1,0 +1,91 @@
+"""The engine without Ray Serve around it: prompts, composed answers, timeouts, adapters that cannot be loaded."""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from d2l import generation
+from d2l.adapter import WEIGHTS_FILE
+from d2l.base_model import BaseModel
+from d2l.errors import UserError
+from d2l.generation import SamplingConfig
+from d2l.store import AdapterStore
+from serve.batcher import BatcherConfig, Piece
+from serve.engine import Engine, EngineRequest
+from serve.errors import ApiError
+from tests.conftest import random_adapter
+
+IDS = tuple(f"{number:032x}" for number in range(3))
+
+
+@pytest.fixture
+def engine(tiny_llama: BaseModel, tmp_path: Path) -> Callable[..., Engine]:
+    """Makes engines over a store of three adapters, the last of them damaged."""
+    store = AdapterStore(tmp_path)
+    for number, adapter_id in enumerate(IDS):
+        store.put("default", adapter_id, random_adapter(tiny_llama, seed=number))
+    (tmp_path / "adapters" / "default" / IDS[2] / WEIGHTS_FILE).write_bytes(b"no weights")
+
+    def make(timeout_s: float = 60) -> Engine:
+        options = {"cache_bytes": 10**9, "disk_bytes": 0, "timeout_s": timeout_s, "batching": BatcherConfig()}
+        return Engine.func_or_class(str(tmp_path), tiny_llama.name, "cpu", "float32", **options)
+
+    return make
+
+
+def asked(*adapter_ids: str, **fields: object) -> EngineRequest:
+    request = EngineRequest(None, "default", adapter_ids, SamplingConfig(12), prompt="The magic number is")
+    return dataclasses.replace(request, **fields)
+
+
+def test_a_prompt_is_continued_as_it_is(engine: Callable[..., Engine], tiny_llama: BaseModel):
+    prompt = tiny_llama.tokenizer("The magic number is")["input_ids"]
+    (ids,) = generation.generate(tiny_llama, [prompt], [random_adapter(tiny_llama, seed=1)], SamplingConfig(12))
+
+    async def main() -> Piece:
+        return await engine().complete(asked(IDS[1], logprobs=0))
+
+    answer = asyncio.run(main())
+    assert answer.text == tiny_llama.tokenizer.decode(ids, skip_special_tokens=True)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (len(prompt), len(ids))
+    assert b"".join(token.bytes for token in answer.logprobs).decode(errors="replace") == answer.text
+
+
+def test_one_damaged_adapter_is_its_request_s_alone(engine: Callable[..., Engine]):
+    async def main() -> list[Piece | BaseException]:
+        replica = engine()
+        requests = (asked(IDS[2]), asked(IDS[0]), asked(), asked("ffffffff"))
+        answers = await asyncio.gather(*map(replica.complete, requests), return_exceptions=True)
+        replica.check_health()
+        return answers
+
+    damaged, one, none, missing = asyncio.run(main())
+    for error in (damaged, missing):
+        assert isinstance(error, ApiError)
+        assert (error.status, error.code) == (500, "adapter_unavailable")
+    assert one.text != none.text
+
+
+def test_an_answer_that_takes_too_long_is_given_up(engine: Callable[..., Engine]):
+    async def main() -> None:
+        replica = engine(timeout_s=0.05)
+        with pytest.raises(ApiError, match="complete answer within") as error:
+            await replica.complete(asked(sampling=SamplingConfig(500)))
+        assert (error.value.status, error.value.code) == (504, "timeout")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"prompt": ""}, "no tokens"), ({"messages": [{"role": "user", "content": "Hi"}] * 99, "prompt": None}, "window")],
+)
+def test_prompts_that_do_not_fit(engine: Callable[..., Engine], fields: dict, message: str):
+    async def main() -> None:
+        with pytest.raises((UserError, ApiError), match=message):
+            await engine().complete(asked(**fields))
+
+    asyncio.run(main())

@@ -1,0 +1,68 @@
+"""Keys and values in slabs: attention as the library's own, whatever comes, goes and moves."""
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from d2l.base_model import BaseModel, load_base_model
+from serve.kv_cache import KVCache, attending
+from tests.conftest import save_tiny
+
+
+def run(base: BaseModel, cache: KVCache, new: dict) -> dict:
+    """Run the new tokens of some places; the last logits of each."""
+    step = cache.plan({place: len(tokens) for place, tokens in new.items()})
+    ids = torch.tensor([[token for place in step.places for token in new[place]]])
+    positions = [n for place in step.places for n in range(place.length, place.length + len(new[place]))]
+    with torch.no_grad(), attending(base):
+        logits_TV = base.model(ids, position_ids=torch.tensor([positions]), use_cache=False, step=step).logits[0]
+    ends = torch.tensor([len(new[place]) for place in step.places]).cumsum(0) - 1
+    for place in step.places:
+        place.length += len(new[place])
+    return dict(zip(step.places, logits_TV[ends], strict=True))
+
+
+def expected(base: BaseModel, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return base.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def check(base: BaseModel) -> None:
+    """Rows of several slabs, that come, go, and are read in pieces beside those that decode."""
+    cache = KVCache(base)
+    texts: dict = {}
+    random = torch.Generator().manual_seed(0)
+    for turn in range(30):
+        if turn % 2 == 0 and len(texts) < 6:
+            texts[cache.add([100, 300][turn % 4 // 2])] = []
+        if turn % 7 == 6:
+            place = list(texts)[turn % len(texts)]
+            cache.remove(place)
+            del texts[place]
+        counts = torch.randint(0, 4, (len(texts),), generator=random).tolist()
+        new = {place: random_tokens(n, turn) for place, n in zip(texts, counts, strict=True) if n}
+        if not new:
+            continue
+        for place, logits_V in run(base, cache, new).items():
+            texts[place] += new[place]
+            torch.testing.assert_close(logits_V, expected(base, texts[place]), atol=1e-4, rtol=0)
+
+
+def test_attention_is_the_library_s(tiny_base: BaseModel):
+    check(tiny_base)
+
+
+def test_a_sliding_window_slides(tmp_path_factory: pytest.TempPathFactory):
+    folder = save_tiny(tmp_path_factory.mktemp("sliding"), MistralForCausalLM, MistralConfig, sliding_window=4)
+    check(load_base_model(str(folder), dtype="float32", device="cpu"))
+
+
+def test_the_model_is_left_as_it_was(tiny_llama: BaseModel):
+    before = expected(tiny_llama, [5, 6, 7])
+    with pytest.raises(ZeroDivisionError), attending(tiny_llama):
+        raise ZeroDivisionError
+    assert torch.equal(expected(tiny_llama, [5, 6, 7]), before)
