@@ -6,8 +6,8 @@
 `factors` hold A [layers, adapters, R, d_in] and B [layers, adapters, R, d_out] (see `factors.stack` for ragged ranks),
 of the first layers or of those that are named.
 The effect is added by forward hooks that live exactly as long as the context, exceptions included; contexts nest, and
-their updates add up. A and B are never copied per token or per row: runs of tokens that share an adapter are one
-matrix product, and equally long runs are one batched product.
+their updates add up. A and B are never copied per token or per row: a run of tokens that share an adapter is one
+matrix product, and short runs (decoding) are one batched product, wherever in the batch they are.
 """
 
 import itertools
@@ -137,6 +137,23 @@ def _hook(a: Tensor, b: Tensor, placement: Placement, scale: float) -> Callable[
 
 Run = tuple[int, int, int | None]
 
+_SHORT = 8
+"""Runs of fewer tokens are computed together: so small a product costs more to start than to do."""
+
+
+class _Group(NamedTuple):
+    """Tokens of short runs, whose adapters are neighbours in the stack, as one batched product."""
+
+    first: int
+    end: int
+    """Adapters `first` to `end - 1`."""
+    gathered_AT: Tensor
+    """Numbers of the tokens of each adapter, filled up with any."""
+    tokens_N: Tensor
+    """Numbers of the tokens, without what fills up."""
+    places_N: Tensor
+    """Where those are in the flattened `gathered_AT`."""
+
 
 @lru_cache(maxsize=64)
 def _runs(segments: Segments) -> tuple[Run, ...]:
@@ -151,7 +168,34 @@ def _runs(segments: Segments) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[Run], scale: float) -> Tensor:
+@lru_cache(maxsize=64)
+def _group(runs: tuple[Run, ...], device: torch.device) -> tuple[tuple[Run, ...], tuple[_Group, ...]]:
+    """The long runs, with nothing to add in between, and the short ones as groups."""
+    tokens: dict[int, list[int]] = {}
+    long = []
+    for start, end, adapter in runs:
+        if adapter is not None and end - start < _SHORT:
+            tokens.setdefault(adapter, []).extend(range(start, end))
+            adapter = None
+        long.append((start, end, adapter))
+    few = {adapter: numbers for adapter, numbers in tokens.items() if len(numbers) < _SHORT}
+    many = [{adapter: numbers} for adapter, numbers in tokens.items() if adapter not in few]
+    groups = tuple(_group_of(part, device) for part in [few, *many] if part)
+    offsets = (0, *(end for _, end, _ in long))
+    return _runs(Segments(offsets, tuple(adapter for _, _, adapter in long))), groups
+
+
+def _group_of(tokens: dict[int, list[int]], device: torch.device) -> _Group:
+    first, end = min(tokens), max(tokens) + 1
+    width = max(map(len, tokens.values()))
+    rows = [tokens.get(adapter, []) for adapter in range(first, end)]
+    gathered = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    places = [i * width + j for i, row in enumerate(rows) for j in range(len(row))]
+    numbers = [number for row in rows for number in row]
+    return _Group(first, end, gathered, torch.tensor(numbers, device=device), torch.tensor(places, device=device))
+
+
+def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: tuple[Run, ...], scale: float) -> Tensor:
     """Y [tokens, d_out] plus the deltas of x [tokens, d_in]."""
     count = len(runs)
     length = runs[0][1] - runs[0][0] if runs else 0
@@ -159,10 +203,16 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: Sequence[Run], scale:
     if uniform and count == len(a) and all(adapter == i for i, (_, _, adapter) in enumerate(runs)):
         hidden = torch.bmm(x.view(count, length, -1), a.mT)
         return torch.baddbmm(y.view(count, length, -1), hidden, b, alpha=scale).flatten(0, 1)
-    # Split and unbound once: slicing run by run would make autograd zero-fill all tokens and adapters at each run.
-    lengths, a_of, b_of = [end - start for start, end, _ in runs], a.unbind(), b.unbind()
-    parts = [
-        y_part if adapter is None else torch.addmm(y_part, x_part @ a_of[adapter].mT, b_of[adapter], alpha=scale)
-        for x_part, y_part, (_, _, adapter) in zip(x.split(lengths), y.split(lengths), runs, strict=True)
-    ]
-    return torch.cat(parts) if count > 1 else parts[0]
+    long, groups = _group(runs, x.device)
+    if any(adapter is not None for _, _, adapter in long):
+        # Split and unbound once: slicing run by run would make autograd zero-fill all tokens and adapters at each run.
+        lengths, a_of, b_of = [end - start for start, end, _ in long], a.unbind(), b.unbind()
+        parts = [
+            y_part if adapter is None else torch.addmm(y_part, x_part @ a_of[adapter].mT, b_of[adapter], alpha=scale)
+            for x_part, y_part, (_, _, adapter) in zip(x.split(lengths), y.split(lengths), long, strict=True)
+        ]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    for first, end, gathered_AT, tokens_N, places_N in groups:
+        hidden = torch.bmm(x[gathered_AT], a[first:end].mT)
+        y = y.index_add(0, tokens_N, torch.bmm(hidden, b[first:end]).flatten(0, 1)[places_N], alpha=scale)
+    return y
