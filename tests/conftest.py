@@ -194,7 +194,7 @@ def tiny_hypernetwork(
 ) -> Hypernetwork:
     """A small random hypernetwork, as at the start of training or as if trained."""
     defaults = {"bias_rank": 2, "chunking": ChunkingConfig(max_chunk_tokens=16), "target_modules": ("down_proj",)}
-    config = HypernetworkConfig(generator=generator, **(GENERATORS[generator] | defaults | fields))
+    config = HypernetworkConfig(generator=generator, **(GENERATORS.get(generator, {}) | defaults | fields))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         hypernetwork = Hypernetwork(config, base)

@@ -22,8 +22,9 @@ Setting = TypeVar("Setting")
 Trial = TypeVar("Trial")
 """A document, its questions, and the answers under every condition."""
 
-Condition = Literal["adapter", "wrong_document", "no_document", "in_context"]
-"""What the base model had of the document: its adapter, another one's adapter, nothing, or its text in the prompt."""
+Condition = Literal["adapter", "wrong_document", "no_document", "in_context", "static"]
+"""What the base model had of the document: its adapter, another one's adapter, nothing, its text in the prompt, or an
+adapter that is the same for all."""
 
 
 @dataclass(frozen=True)

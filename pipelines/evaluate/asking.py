@@ -25,7 +25,6 @@ class Asker:
     def __init__(self, model: DocToLora, sampling: SamplingConfig):
         self.model = model
         self.sampling = sampling
-        self.in_context = InContext(model.base, sampling)
 
     def ask(
         self,
@@ -53,14 +52,15 @@ class Asker:
             )
         return result
 
-    def ask_in_context(self, sample: Sample) -> Answers:
+    def ask_in_context(self, sample: Sample, adapter: Adapter | None = None) -> Answers:
         """Ask with the document in the prompt, read once for all its questions."""
+        reader = InContext(self.model.base, self.sampling, adapter)
         began = time.perf_counter()
-        read = self.in_context.read(sample.document, sample.questions)
+        read = reader.read(sample.document, sample.questions)
         self._finish()
         reading = time.perf_counter() - began
         began = time.perf_counter()
-        answers = tuple(self.in_context.answer(read, question) for question in sample.questions)
+        answers = tuple(reader.answer(read, question) for question in sample.questions)
         return Answers(
             condition="in_context",
             answers=answers,

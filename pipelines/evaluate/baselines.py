@@ -11,9 +11,11 @@ import torch
 from transformers import DynamicCache
 
 from d2l import generation
+from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
+from d2l.injection import inject, place_rows
 
 _MARK = "\u2063document\u2063"
 _PIECE = 8192
@@ -33,10 +35,14 @@ class ReadDocument:
 
 
 class InContext:
-    """Answers with the document in the prompt: a user's turn of the document, an empty line, and the question."""
+    """Answers with the document in the prompt: a user's turn of the document, an empty line, and the question.
 
-    def __init__(self, base: BaseModel, sampling: SamplingConfig):
+    With an adapter, the base model has it while it reads and while it answers.
+    """
+
+    def __init__(self, base: BaseModel, sampling: SamplingConfig, adapter: Adapter | None = None):
         self.base = base
+        self.adapter = adapter
         self.sampling = sampling
         self.window = base.model.config.get_text_config().max_position_embeddings
 
@@ -58,15 +64,16 @@ class InContext:
         ids = without_middle(encoded["input_ids"], room)
         prefix = before + ids
         cache = DynamicCache()
-        for start in range(0, len(prefix), _PIECE):
-            piece = torch.tensor([prefix[start : start + _PIECE]], device=self.base.device)
-            self.base.decoder(input_ids=piece, cache=cache, use_cache=True)  # the decoder: no logits are needed
+        with inject(self.base, *place_rows(self.base, [self.adapter])):
+            for start in range(0, len(prefix), _PIECE):
+                piece = torch.tensor([prefix[start : start + _PIECE]], device=self.base.device)
+                self.base.decoder(input_ids=piece, cache=cache, use_cache=True)  # the decoder: no logits are needed
         return ReadDocument(prefix, len(ids), cache)
 
     def answer(self, read: ReadDocument, question: str) -> str:
         """The answer to one question; the cache is then as it was."""
         prompt = read.prefix + self._around(question)[1]
-        (ids,) = generation.generate(self.base, [prompt], [None], self.sampling, cache=read.cache)
+        (ids,) = generation.generate(self.base, [prompt], [self.adapter], self.sampling, cache=read.cache)
         read.cache.crop(len(read.prefix) - read.cache.get_seq_length())
         return str(self.base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 

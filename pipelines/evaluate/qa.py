@@ -3,9 +3,14 @@
     documents (driver) -> internalize, ask under every condition (actors) -> answers.jsonl, MLflow (driver) -> report
 
 `qa` asks the questions of a Parquet file, `facts` those of generated documents, whose names and phrasings no training
-document has. Rows: `no_document`; `in_context`, the document in the prompt; `d2l_wrong_document`, another document's
-adapter; `d2l`; `d2l_rank16` and the like, its adapter compressed further. Answers are written down as they come: the
-same command into the same folder continues where it stopped.
+document has. Rows:
+
+- `no_document`; `in_context`, the document in the prompt;
+- `static`: the one adapter of a hypernetwork whose generator is `static`, which knows the kind of answer, no document;
+- `tuned_reader`: such a one that was trained, and is asked, with the document in the prompt, the most one can hope for;
+- `d2l_wrong_document`: another document's adapter; `d2l`; `d2l_rank16` and the like: its adapter compressed further.
+
+Answers are written down as they come: the same command into the same folder continues where it stopped.
 """
 
 import json
@@ -36,7 +41,8 @@ from pipelines.evaluate.qa_trial import Setting, Trial
 from pipelines.progress import Progress
 from pipelines.tracking import TrackingConfig
 
-_ROW = re.compile(r"no_document|in_context|d2l_wrong_document|d2l|d2l_rank[1-9]\d*")
+_ROWS = ("no_document", "in_context", "static", "tuned_reader", "d2l_wrong_document", "d2l")
+_COMPRESSED = re.compile(r"d2l_rank[1-9]\d*")
 _BATCH_DOCUMENTS = 16
 """Documents that an actor takes at a time, at most ..."""
 _BATCH_QUESTIONS = 128
@@ -52,7 +58,11 @@ class ExaminerConfig:
     base: str | None = None
     """Base model; by default the one the checkpoint names."""
     rows: tuple[str, ...] = ("no_document", "in_context", "d2l_wrong_document", "d2l")
-    """What the base model has of a document: any of these, and `d2l_rank16` and the like."""
+    """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`."""
+    static: Path | None = None
+    """Checkpoint for the row `static`."""
+    tuned_reader: Path | None = None
+    """Checkpoint for the row `tuned_reader`."""
     rank: int = 128
     """Rank that documents are internalized to."""
     timed: int = 3
@@ -117,7 +127,9 @@ def evaluate_facts(config: EvaluateFactsConfig) -> dict[str, Any]:
 
 
 def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str, Any]:
-    config = replace(config, hypernetwork=config.hypernetwork.absolute())  # actors may run in other folders
+    folders = {name: getattr(config, name) for name in ("hypernetwork", "static", "tuned_reader")}
+    # Actors may run in other folders.
+    config = replace(config, **{name: folder.absolute() for name, folder in folders.items() if folder})
     setting = _check(config, qa_data.digest(exams))
     with ExitStack() as stack:
         passing = None if config.output else stack.enter_context(tempfile.TemporaryDirectory())
@@ -148,11 +160,10 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
 def _check(config: ExaminerConfig, data: str) -> Setting:
     """The setting, once all that can be known without the base model is seen to be right."""
     for row in config.rows:
-        if not _ROW.fullmatch(row):
-            raise UserError(
-                f"--rows {row}: unknown; known are no_document, in_context, d2l_wrong_document, d2l, and d2l_rank16 "
-                "or another rank"
-            )
+        if row not in _ROWS and not _COMPRESSED.fullmatch(row):
+            raise UserError(f"--rows {row}: unknown; known are {', '.join(_ROWS)}, d2l_rank16 and other ranks")
+        if row in ("static", "tuned_reader") and getattr(config, row) is None:
+            raise UserError(f"--rows {row}: give its checkpoint, --{row.replace('_', '-')} FOLDER")
     if not config.rows or len(set(config.rows)) < len(config.rows):
         raise UserError("--rows needs at least one row, each once")
     if config.workers < 1 or config.timed < 0:
@@ -162,7 +173,8 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
     for rank in (config.rank, *(int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row)):
         check_rank(rank, made.bias_rank)
     base = config.base or values["base_model"]
-    return Setting(values["fingerprint"], BUNDLED_MODELS.get(base, base), data, config.rows, config.seed)
+    others = tuple(read_config(folder)["fingerprint"] for folder in (config.static, config.tuned_reader) if folder)
+    return Setting(values["fingerprint"], BUNDLED_MODELS.get(base, base), data, config.rows, others, config.seed)
 
 
 def _batches(exams: list[Exam]) -> list[list[Exam]]:

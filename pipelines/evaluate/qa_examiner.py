@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow as pa
 from d2l.adapter import Adapter
 from d2l.config import from_dict
 from d2l.generation import SamplingConfig
+from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import InternalizeConfig
 from d2l.model import DocToLora
 from d2l.tasks.sample import Sample
@@ -35,6 +37,12 @@ class Examiner:
             config.hypernetwork, config.base, config=InternalizeConfig(max_rank=config.rank)
         )
         self.model, self.asker = model, Asker(model, _SAMPLING)
+        baselines = {"static": config.static, "tuned_reader": config.tuned_reader}
+        self.baselines = {row: self._adapter(folder) for row, folder in baselines.items() if folder}
+
+    def _adapter(self, folder: Path) -> Adapter:
+        """The one adapter of a static hypernetwork: whatever it reads."""
+        return DocToLora(self.model.base, Hypernetwork.from_pretrained(folder, self.model.base)).internalize("any")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Lines for the log, of documents of one group, at least two."""
@@ -53,8 +61,10 @@ class Examiner:
         ]
 
     def _row(self, row: str, samples: list[Sample], adapters: list[Adapter], timed: list[bool]) -> list[Answers]:
-        if row == "in_context":
-            return [self.asker.ask_in_context(sample) for sample in samples]
+        if row in ("in_context", "tuned_reader"):
+            return [self.asker.ask_in_context(sample, self.baselines.get(row)) for sample in samples]
+        if row == "static":
+            return self.asker.ask("static", samples, [self.baselines[row]] * len(samples), timed)
         if row == "no_document":
             return self.asker.ask("no_document", samples, [None] * len(samples), timed)
         if row == "d2l_wrong_document":

@@ -16,7 +16,14 @@ from pipelines.evaluate.qa_scores import Gain, Score
 
 matplotlib.use("Agg")
 _FILES = ("results.json", "results.md", "scores.png")
-_COLORS = {"no_document": "#c4c4c4", "in_context": "#d9731a", "d2l_wrong_document": "#8a8a8a", "d2l": "#2563a8"}
+_COLORS = {
+    "no_document": "#c4c4c4",
+    "in_context": "#d9731a",
+    "d2l_wrong_document": "#8a8a8a",
+    "static": "#5f9e8f",
+    "tuned_reader": "#f0b27a",
+    "d2l": "#2563a8",
+}
 _COMPRESSED = "#8fb4d9"
 
 

@@ -17,6 +17,8 @@ class Setting:
     """Digest of the documents and questions, or what they are made by."""
     rows: tuple[str, ...]
     """What the base model has of a document."""
+    baselines: tuple[str, ...]
+    """Fingerprints of the baselines' hypernetworks."""
     seed: int
     """Chooses or makes the documents."""
 

@@ -21,7 +21,7 @@ from d2l.errors import UserError
 from d2l.tasks.facts import MAX_FACTS, FactsConfig, make_facts
 from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
 from pipelines.prose import load_prose
-from pipelines.teacher import TOP, Targets, answer_ids
+from pipelines.teacher import TOP, Targets, answer_ids, document_question
 from pipelines.training.parquet import RowGroups, open_row_groups
 
 
@@ -85,6 +85,8 @@ class QuestionsTask:
     """Longer documents are skipped."""
     max_questions: int = 16
     """Questions of a document at most; which ones is drawn anew every time."""
+    in_prompt: bool = False
+    """Whether the document is in the prompt too: with the generator `static`, a reader is trained, for comparison."""
 
     @property
     def streams_teacher(self) -> bool:
@@ -330,6 +332,8 @@ class _Questions(_Rows):
             kept = sorted(rng.sample(kept, self.task.max_questions))
         questions, texts = [pairs[i][0] for i in kept], [pairs[i][1] for i in kept]
         answers = [answer_ids(tokenizer, answer) for answer in texts]
+        if self.task.in_prompt:
+            questions = [document_question(text, question) for question in questions]
         more: dict[str, Any] = {}
         if self.task.streams_teacher or self.config.held_out:
             more["text"] = (text, questions, texts)

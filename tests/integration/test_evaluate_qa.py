@@ -13,16 +13,19 @@ from pipelines.tracking import TrackingConfig
 from tests.conftest import tiny_hypernetwork
 from tests.unit.test_qa_scores import squad
 
-ROWS = ("no_document", "in_context", "d2l_wrong_document", "d2l", "d2l_rank6")
+ROWS = ("no_document", "in_context", "static", "tuned_reader", "d2l_wrong_document", "d2l", "d2l_rank6")
 
 
 @pytest.fixture(scope="module")
 def config(ray_cluster, tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("facts")
     tiny_hypernetwork(tiny_llama).save_pretrained(folder / "hypernetwork")
+    tiny_hypernetwork(tiny_llama, generator="static").save_pretrained(folder / "static")
     return EvaluateFactsConfig(
         hypernetwork=folder / "hypernetwork",
         rows=ROWS,
+        static=folder / "static",
+        tuned_reader=folder / "static",
         rank=16,
         facts=(1, 3),
         documents=(3, 2),
@@ -79,3 +82,5 @@ def test_an_evaluation_of_questions_takes_a_parquet_file(config, tmp_path):
     ]
     with pytest.raises(UserError, match="--rows d3l: unknown"):
         evaluate_qa(dataclasses.replace(asked, rows=("d3l",)))
+    with pytest.raises(UserError, match="--static FOLDER"):
+        evaluate_qa(dataclasses.replace(asked, rows=("static",)))
