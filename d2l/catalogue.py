@@ -8,7 +8,6 @@ kilobyte each; everything else (failures, embeddings, what was deleted) is read 
 only data files that are new since the last `refresh`.
 """
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-from deltalake import DeltaTable, write_deltalake
+from deltalake import ColumnProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from d2l.errors import UserError
@@ -27,19 +27,27 @@ from d2l.storage import Storage, one_line, reported
 from d2l.store import check_doc_id, check_tenant
 
 _NAME = "catalogue"
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("tenant", "doc_id", "version", "event", "adapter_id", "stage", "reason")),
         *((name, pa.int64()) for name in ("tokens", "chunks", "rank", "bytes")),
         *((name, pa.string()) for name in ("hypernetwork", "base")),
         ("embedding", pa.list_(pa.float32())),
+        ("embedding_model", pa.string()),  # tables of before have no such column until something is appended
         ("source_uri", pa.string()),
         ("created_at", pa.timestamp("us", tz="UTC")),
     ]
 )
-_INDEXED = [name for name in _SCHEMA.names if name != "embedding"]
-_REPEATED = ("tenant", "event", "hypernetwork", "base")
+"""Columns of the table: the fields of an `Event`."""
+_INDEXED = [name for name in SCHEMA.names if name != "embedding"]
+_REPEATED = ("tenant", "event", "hypernetwork", "base", "embedding_model")
 """Columns of few different values, which are kept once."""
+
+_COMPRESSION = WriterProperties(
+    compression="ZSTD",
+    # One of embeddings, whose numbers are all different, would only add to them; for the rest compression does as well.
+    default_column_properties=ColumnProperties(dictionary_enabled=False),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,8 @@ class Event:
     """Public name of the base model."""
     embedding: list[float] | None = None
     """What the document is about, for routing by meaning; in the table only, not in what a reader keeps."""
+    embedding_model: str = ""
+    """What made the embedding, as `d2l.embedding` names it; empty where there is none."""
     source_uri: str = ""
     """Where the document came from."""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -157,7 +167,8 @@ class Catalogue:
             check_tenant(event.tenant)
             if event.event != "failed":  # a bad id is a reason to fail
                 check_doc_id(event.doc_id)
-        rows = pa.Table.from_pylist([dataclasses.asdict(event) for event in events], _SCHEMA)
+        fields = [{name: getattr(event, name) for name in SCHEMA.names} for event in events]
+        rows = pa.Table.from_pylist(fields, SCHEMA)
         with self._reported():
             self._table = self._table or self._open() or self._create()
             assert self._table is not None
@@ -206,8 +217,36 @@ class Catalogue:
         """All events of a document, oldest first, failures and embeddings included; read from the table."""
         wanted = (pads.field("tenant") == tenant) & (pads.field("doc_id") == doc_id)
         with self._reported():
-            events = self._read(sorted(self._files), _SCHEMA.names, wanted) if self._files else iter(())
+            events = self._read(sorted(self._files), SCHEMA.names, wanted) if self._files else iter(())
             return sorted(events, key=lambda event: event.order)
+
+    def embeddings(self, tenant: str, model: str) -> tuple[list[Event], np.ndarray]:
+        """What a tenant's current documents are about, as far as a model was asked; read from the table.
+
+        Args:
+            tenant: whose documents.
+            model: name of the embedding model, as `d2l.embedding` gives it.
+
+        Returns:
+            The documents' current events, and their unit vectors [documents, width] float32.
+        """
+        current = {event.doc_id: event for event in self.current(tenant) if event.embedding_model == model}
+        events: list[Event] = []
+        vectors: list[np.ndarray] = []
+        wanted = (pads.field("tenant") == tenant) & (pads.field("embedding_model") == model)
+        columns = ["doc_id", "created_at", "adapter_id", "embedding"]
+        with self._reported():
+            for batch in self._batches(sorted(self._files), columns, wanted) if current else ():
+                found = []
+                for number, row in enumerate(batch.select(columns[:3]).to_pylist()):
+                    event = current.get(row["doc_id"])
+                    if event and event.order == (row["created_at"], row["adapter_id"]):
+                        found.append(number)
+                        events.append(event)
+                if found:
+                    vectors_BD = batch["embedding"].flatten().to_numpy().reshape(batch.num_rows, -1)
+                    vectors.append(vectors_BD[found])
+        return events, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
 
     def failures(self, tenant: str) -> Iterator[Event]:
         """The last event of every document of which it is a failure; read from the table."""
@@ -238,18 +277,26 @@ class Catalogue:
             yield from self._read(sorted(self._files), _INDEXED, wanted) if self._files else ()
 
     def _write(self, table: DeltaTable, rows: pa.Table) -> None:
+        def write() -> None:
+            write_deltalake(table, rows, mode="append", schema_mode="merge", writer_properties=_COMPRESSION)
+
         try:
-            write_deltalake(table, rows, mode="append")
-        except CommitFailedError:  # appends conflict with nothing but another writer's making of the table
+            write()
+        except CommitFailedError:  # appends conflict with nothing but another writer's making or widening of the table
             table.update_incremental()
-            write_deltalake(table, rows, mode="append")
+            write()
 
     def _read(self, files: list[str], columns: list[str], wanted: pads.Expression | None = None) -> Iterator[Event]:
-        paths = [self.storage.path(f"{_NAME}/{file}") for file in files]
-        dataset = pads.dataset(paths, _SCHEMA, format="parquet", filesystem=self.storage.arrow_filesystem)
-        for batch in dataset.to_batches(columns=columns, filter=wanted, batch_size=1024):
+        for batch in self._batches(files, columns, wanted):
             for row in batch.to_pylist():
-                yield Event(**row | {name: sys.intern(row[name]) for name in _REPEATED})
+                yield Event(**row | {name: sys.intern(row[name] or "") for name in _REPEATED})
+
+    def _batches(
+        self, files: list[str], columns: list[str], wanted: pads.Expression | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        paths = [self.storage.path(f"{_NAME}/{file}") for file in files]
+        dataset = pads.dataset(paths, SCHEMA, format="parquet", filesystem=self.storage.arrow_filesystem)
+        yield from dataset.to_batches(columns=columns, filter=wanted, batch_size=1024)
 
     def _apply(self, event: Event) -> None:
         if event.event != "failed":
@@ -265,7 +312,7 @@ class Catalogue:
     def _create(self) -> DeltaTable | None:
         try:
             uri, options = self.storage.url(_NAME), self.storage.delta_options()
-            return DeltaTable.create(uri, _SCHEMA, mode="ignore", storage_options=options)
+            return DeltaTable.create(uri, SCHEMA, mode="ignore", storage_options=options)
         except CommitFailedError:  # another writer was faster
             return self._open()
 

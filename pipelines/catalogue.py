@@ -109,6 +109,7 @@ def show(config: ShowConfig) -> dict[str, Any]:
     if event is None:
         raise UserError(f"{config.document}: no such document of tenant {config.tenant} in {config.store}")
     row = {name: value for name, value in _row(event).items() if name not in ("event", "stage", "reason")}
+    row["embedding_model"] = event.embedding_model or "none"
     current = catalogue.resolve(config.tenant, event.doc_id) == event
     return row | {"current": current, "location": AdapterStore(config.store).location(config.tenant, event.adapter_id)}
 

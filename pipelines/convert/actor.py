@@ -1,7 +1,8 @@
 """The stage that converts: rows of documents in, adapters into the store, a small row for each document out.
 
 Actors internalize a batch of documents at a time, chunks of many documents sharing encoder batches, and upload adapters
-themselves, weights first and the commit mark last. What the catalogue has, with its mark in the store, is skipped.
+themselves, weights first and the commit mark last. What the catalogue has, with its mark in the store, is skipped; or
+only embedded, where its event has no embedding of the model that is wanted.
 """
 
 import dataclasses
@@ -24,9 +25,10 @@ from ray.util.metrics import Counter
 
 from d2l.adapter import Adapter, check_rank
 from d2l.base_model import parse_dtype
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import SCHEMA, Catalogue, Event
 from d2l.chunking import check_text
 from d2l.config import from_dict
+from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
 from d2l.errors import UserError
 from d2l.extract import TEXT
 from d2l.hypernetwork import HypernetworkConfig, read_config
@@ -39,11 +41,16 @@ from pipelines.sources import Row
 
 ABORT = "abort"
 """Event, on its way to the driver only, that ends the job with its reason."""
+EMBEDDED = "embedded"
+"""Event, on its way to the driver only: the document's adapter is current, its embedding is new."""
+SKIPPED = "skipped"
+"""Event, on its way to the driver only: there was nothing to do."""
 UPLOADS = 4
 """Adapters that one actor uploads at a time, while it goes on internalizing."""
 _BLOCK_BYTES = 16 << 20
 """Texts between reading and internalizing travel in blocks of this size at most."""
-_BLANK = {f.name: f.default for f in dataclasses.fields(Event) if isinstance(f.default, str | int)} | {"version": ""}
+_RESULT = pa.schema([field for field in SCHEMA if field.name != "created_at"])
+_BLANK = {f.name: f.default for f in dataclasses.fields(Event) if f.name in _RESULT.names} | {"version": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +75,15 @@ class ConversionConfig:
     """GPUs of one actor; on the CPU if 0."""
     batch_documents: int = 64
     """Documents an actor takes at a time."""
+    embedding: str = BUNDLED
+    """Model of the embeddings for routing by meaning: a bundled name, a folder, s3:// or a hub id; or `none`."""
     internalize: Annotated[InternalizeConfig, tyro.conf.arg(name="")] = field(default_factory=InternalizeConfig)
 
     def checked(self) -> Self:
         """The same, valid in any folder: actors may run in others than the driver.
 
         Raises:
-            UserError: a value is out of range, or there is no such hypernetwork.
+            UserError: a value is out of range, or there is no such hypernetwork or embedding model.
         """
         check_tenant(self.tenant)
         most = self.workers if self.max_workers is None else self.max_workers
@@ -86,7 +95,14 @@ class ConversionConfig:
         folder = str(Path(self.hypernetwork).absolute())
         check_rank(self.internalize.max_rank, Checkpoint.of(folder).config.bias_rank)
         parse_dtype(self.dtype, torch.device("cpu"))
-        return dataclasses.replace(self, store=Storage(self.store).root, hypernetwork=folder)
+        embedding = str(Path(self.embedding).absolute()) if Path(self.embedding).is_dir() else self.embedding
+        config = dataclasses.replace(self, store=Storage(self.store).root, hypernetwork=folder, embedding=embedding)
+        config.embedding_model()
+        return config
+
+    def embedding_model(self) -> EmbeddingModel | None:
+        """The model of the embeddings; None where none are wanted."""
+        return None if self.embedding == "none" else EmbeddingModel.of(self.embedding)
 
 
 @dataclass(frozen=True)
@@ -118,14 +134,17 @@ def convert(dataset: Dataset, config: ConversionConfig) -> Dataset:
 
     Returns:
         A row for each document, not yet in the catalogue (see `commit`): the fields of an `Event`, of event `ready`,
-        `failed` or `skipped`.
+        `failed`, `skipped`, or `embedded` where only the embedding is new.
 
     Raises:
         UserError: no such hypernetwork, or the store cannot be read. A bad document is no error but a failure.
     """
     config = config.checked()
-    current = Catalogue(config.store).current(config.tenant)
-    known = np.sort(np.array([_key(event.doc_id, event.adapter_id) for event in current], dtype="S24"))
+    model = config.embedding_model()
+    known = [
+        _key(event.doc_id, event.adapter_id, model is None or event.embedding_model == model.name)
+        for event in Catalogue(config.store).current(config.tenant)
+    ]
     resources = {"num_gpus": config.gpus_per_worker} if config.gpus_per_worker else {"num_cpus": 1}
     results = dataset.repartition(  # small files' rows would share one block, hence one actor
         target_num_rows_per_block=config.batch_documents
@@ -134,7 +153,11 @@ def convert(dataset: Dataset, config: ConversionConfig) -> Dataset:
         batch_size=config.batch_documents,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=config.workers, max_size=config.max_workers or config.workers),
-        fn_constructor_args=(config, Checkpoint.of(config.hypernetwork), ray.put(known)),
+        fn_constructor_args=(
+            config,
+            Checkpoint.of(config.hypernetwork),
+            ray.put(np.sort(np.array(known, dtype="S24"))),
+        ),
         **resources,
     )
     results.context.target_max_block_size = _BLOCK_BYTES
@@ -168,6 +191,12 @@ class Converter:
         model = DocToLora.from_pretrained(config.hypernetwork, config.base, self.device, self.dtype, config.internalize)
         return model.internalizer
 
+    @cached_property
+    def embedder(self) -> Embedder | None:
+        """What makes embeddings, if they are wanted."""
+        model = self.config.embedding_model()
+        return Embedder(model, self.device) if model else None
+
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Results of a batch of documents."""
         cluster.share_cores(self.config.max_workers or self.config.workers)
@@ -179,7 +208,7 @@ class Converter:
             self.documents.inc(1, {"event": row["event"]})
             if row["tokens"]:
                 self.tokens.inc(row["tokens"])
-        return pa.Table.from_pylist(results)
+        return pa.Table.from_pylist(results, _RESULT)
 
     def _results(self, rows: list[Row]) -> list[Row]:
         works: list[_Work] = []
@@ -193,7 +222,7 @@ class Converter:
             except UserError as error:
                 results.append(self._failed(row, "read", str(error)))
         with ThreadPoolExecutor(UPLOADS) as pool:
-            return results + list(self._convert(works, pool))
+            return results + self._embed(works, list(self._convert(works, pool)))
 
     def _plan(self, row: Row) -> "_Work":
         document = Document(check_text(row["text"], row["doc_id"]), check_doc_id(row["doc_id"]))
@@ -206,9 +235,9 @@ class Converter:
 
     def _convert(self, works: list["_Work"], pool: ThreadPoolExecutor) -> Iterator[Row]:
         wanted = []
-        for work, present in zip(works, pool.map(self._is_present, works), strict=True):
-            if present:
-                yield self._result(work.facts, "skipped")
+        for work, found in zip(works, pool.map(self._look, works), strict=True):
+            if found:
+                yield self._result(work.facts, found)
             else:
                 wanted.append(work)
         uploads: deque[Future[Row]] = deque()
@@ -221,11 +250,29 @@ class Converter:
                 yield uploads.popleft().result()
         yield from (upload.result() for upload in uploads)
 
-    def _is_present(self, work: "_Work") -> bool:
-        key = _key(work.document.name, work.adapter_id)
-        place = np.searchsorted(self.known, key)
-        known = place < len(self.known) and self.known[place] == key
-        return bool(known) and self.store.exists(self.config.tenant, work.adapter_id)
+    def _embed(self, works: list["_Work"], results: list[Row]) -> list[Row]:
+        """The same results with embeddings where they are new."""
+        texts = {work.adapter_id: work.document.text for work in works}
+        wanted = list({row["adapter_id"]: None for row in results if row["event"] in ("ready", EMBEDDED)})
+        if not wanted or self.embedder is None:
+            return results
+        vectors = dict(zip(wanted, self.embedder([texts[name] for name in wanted]).tolist(), strict=True))
+        model = self.embedder.name
+        return [
+            row | {"embedding": vectors[row["adapter_id"]], "embedding_model": model}
+            if row["adapter_id"] in vectors
+            else row
+            for row in results
+        ]
+
+    def _look(self, work: "_Work") -> str:
+        """What is the case if a document need not be internalized: `SKIPPED` or `EMBEDDED`; else nothing."""
+        for embedded, event in ((True, SKIPPED), (False, EMBEDDED)):
+            key = _key(work.document.name, work.adapter_id, embedded)
+            place = np.searchsorted(self.known, key)
+            if place < len(self.known) and self.known[place] == key:
+                return event if self.store.exists(self.config.tenant, work.adapter_id) else ""
+        return ""
 
     def _upload(self, work: "_Work", adapter: Adapter) -> Row:
         try:
@@ -265,5 +312,5 @@ def result(facts: Row, event: str, tenant: str) -> Row:
     return _BLANK | facts | {"event": event, "tenant": tenant}
 
 
-def _key(doc_id: str, adapter_id: str) -> bytes:
-    return hashlib.sha256(f"{doc_id}\0{adapter_id}".encode()).hexdigest()[:24].encode()
+def _key(doc_id: str, adapter_id: str, embedded: bool) -> bytes:
+    return hashlib.sha256(f"{doc_id}\0{adapter_id}\0{embedded}".encode()).hexdigest()[:24].encode()

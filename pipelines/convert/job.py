@@ -65,8 +65,8 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     """Convert documents, and return what became of them.
 
     Returns:
-        documents, converted, skipped, failed, deleted, tokens (of the converted), seconds, catalogue_version, and
-        failures, a list of {doc_id, stage, reason}: the first thousand.
+        documents, converted, skipped, embedded (of the skipped, anew), failed, deleted, tokens (of the converted),
+        seconds, catalogue_version, and failures, a list of {doc_id, stage, reason}: the first thousand.
 
     Raises:
         UserError: no such source, store, hypernetwork or base model, or too many failures; what was done until then

@@ -4,16 +4,18 @@ One writer, the driver, to a job. The catalogue is the only record of progress: 
 rather found done, since equal work has an equal place in the store.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ray.data import Dataset
 
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
-from pipelines.convert.actor import ABORT
+from pipelines.convert.actor import ABORT, EMBEDDED, SKIPPED
 from pipelines.sources import Row
 
 _SHOWN_FAILURES = 1000
@@ -46,10 +48,24 @@ class Journal:
             self.tokens += row["tokens"]
             if row["event"] == "failed" and len(self.failures) < _SHOWN_FAILURES:
                 self.failures.append({name: row[name] for name in ("doc_id", "stage", "reason")})
-            if row["event"] != "skipped" and not self._is_known(row):
-                self._events.append(Event(**row))
+            if event := self._event(row):
+                self._events.append(event)
         if len(self._events) >= self._rows or time.monotonic() - self._committed >= self._seconds:
             self.commit()
+
+    def _event(self, row: Row) -> Event | None:
+        """What the catalogue has to learn of a result."""
+        if row["event"] == SKIPPED or self._is_known(row):
+            return None
+        if row["event"] != EMBEDDED:
+            return Event(**row)
+        current = self._catalogue.resolve(row["tenant"], row["doc_id"])
+        if current is None or current.adapter_id != row["adapter_id"]:  # it was deleted or changed meanwhile
+            return None
+        made = {"embedding": row["embedding"], "embedding_model": row["embedding_model"]}
+        # Later than what it adds to even if the clock of who wrote that is ahead of this one.
+        now = max(datetime.now(UTC), current.created_at + timedelta(microseconds=1))
+        return dataclasses.replace(current, **made, created_at=now)
 
     def _is_known(self, row: Row) -> bool:
         """Whether a document has failed as it did the last time: a daily job must not fill the catalogue."""
@@ -69,10 +85,12 @@ class Journal:
     def report(self) -> dict[str, Any]:
         """Counts, rates and failures so far."""
         seconds = time.monotonic() - self._started
+        skipped = self.counts[SKIPPED] + self.counts[EMBEDDED]
         return {
-            "documents": self.counts["ready"] + self.counts["skipped"] + self.counts["failed"],
+            "documents": self.counts["ready"] + skipped + self.counts["failed"],
             "converted": self.counts["ready"],
-            "skipped": self.counts["skipped"],
+            "skipped": skipped,
+            "embedded": self.counts[EMBEDDED],
             "failed": self.counts["failed"],
             "deleted": self.counts["deleted"],
             "tokens": self.tokens,
@@ -84,7 +102,7 @@ class Journal:
     def summary(self) -> str:
         """A few words for the progress bar."""
         speed = self.tokens / (time.monotonic() - self._started)
-        skipped, failed = self.counts["skipped"], self.counts["failed"]
+        skipped, failed = self.counts[SKIPPED] + self.counts[EMBEDDED], self.counts["failed"]
         return f"{self.tokens:,} tokens, {speed:,.0f} tokens/s, {skipped} skipped, {failed} failed"
 
 
@@ -106,8 +124,8 @@ def commit(dataset: Dataset, store: str) -> dict[str, Any]:
     """Run a dataset of results (see `convert`) and commit them to a store's catalogue.
 
     Returns:
-        documents, converted, skipped, failed, deleted, tokens (of the converted), seconds, catalogue_version, and
-        failures, a list of {doc_id, stage, reason}: the first thousand.
+        documents, converted, skipped, embedded (of the skipped, anew), failed, deleted, tokens (of the converted),
+        seconds, catalogue_version, and failures, a list of {doc_id, stage, reason}: the first thousand.
 
     Raises:
         UserError: the catalogue cannot be written, or an actor cannot work at all; what was done before is committed.

@@ -34,7 +34,16 @@ def options(tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
         text = f"The magic number of harbour {number} is {random.Random(number).randint(1000, 9999)}. " * 40
         (folder / f"docs/{number}.txt").write_text(text)
     (folder / "docs/empty.txt").touch()
-    fixed = ["--hypernetwork", f"{folder}/hypernetwork", "--dtype", "float32", "--batch-documents", "8"]
+    fixed = [
+        "--hypernetwork",
+        f"{folder}/hypernetwork",
+        "--dtype",
+        "float32",
+        "--batch-documents",
+        "8",
+        "--embedding",
+        "none",
+    ]
     return ["convert", f"{folder}/docs", *fixed, "--commit-rows", "16", "--commit-seconds", "1"]
 
 

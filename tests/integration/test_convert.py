@@ -23,6 +23,7 @@ from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue
 from d2l.chunking import ChunkingConfig
+from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.internalize import InternalizeConfig
@@ -77,7 +78,12 @@ def write(folder: Path, files: dict[str, bytes] | dict[str, str]) -> Path:
 
 def run(documents: Iterable[Any], store: str, hypernetwork: Path, **options: Any) -> dict[str, Any]:
     record = TrackingConfig(f"sqlite:///{hypernetwork}/mlflow.db")
-    settings = {"dtype": "float32", "sources": SourceConfig(max_bytes=10_000), "tracking": record} | options
+    settings = {
+        "dtype": "float32",
+        "embedding": "none",
+        "sources": SourceConfig(max_bytes=10_000),
+        "tracking": record,
+    } | options
     return run_job(
         ConvertConfig(documents=tuple(map(str, documents)), store=store, hypernetwork=str(hypernetwork), **settings)
     )
@@ -162,7 +168,7 @@ def test_actor(hypernetwork: Path, tmp_path: Path) -> None:
     """Other settings give other adapters; a store that fails fails the document."""
 
     def results(store: Path, **options: Any) -> list[dict[str, Any]]:
-        config = ConversionConfig(store=str(store), hypernetwork=str(hypernetwork), dtype="float32")
+        config = ConversionConfig(store=str(store), hypernetwork=str(hypernetwork), dtype="float32", embedding="none")
         known = ray.put(np.array([], dtype="S24"))
         converter = Converter(dataclasses.replace(config, **options), Checkpoint.of(str(hypernetwork)), known)
         row = {"doc_id": "a", "text": TEXTS["harbour.txt"], "source_uri": "", "stage": "", "reason": ""}
@@ -184,7 +190,9 @@ def test_stages_in_a_pipeline_of_ones_own(hypernetwork: Path, tmp_path: Path) ->
     """`convert` takes rows from anywhere, and commits nothing; `commit` does."""
     store = str(tmp_path / "store")
     rows = [{"doc_id": name, "text": text} for name, text in TEXTS.items()] + [{"doc_id": "auto", "text": "Reserved."}]
-    config = ConversionConfig(store=store, tenant="acme", hypernetwork=str(hypernetwork), dtype="float32")
+    config = ConversionConfig(
+        store=store, tenant="acme", hypernetwork=str(hypernetwork), dtype="float32", embedding="none"
+    )
     dataset = ray.data.from_items(rows)
     assert sorted(row["event"] for row in convert(dataset, config).take_all()) == ["failed", "ready", "ready", "ready"]
     assert Catalogue(store).version == -1
@@ -192,6 +200,31 @@ def test_stages_in_a_pipeline_of_ones_own(hypernetwork: Path, tmp_path: Path) ->
     assert summary(report) == (4, 3, 0, 1)
     assert {event.doc_id for event in Catalogue(store).current("acme")} == set(TEXTS)
     assert summary(commit(convert(dataset, config), store)) == (4, 0, 3, 1)
+
+
+def test_embeddings(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
+    """They come with the adapter, or later to those that have none of that model; adapters stay as they are."""
+    docs, tenant = write(tmp_path / "docs", TEXTS | {"twin.md": TEXTS["deep/er/model.md"]}), "default"
+    assert run([docs / "harbour.txt"], s3_bucket, hypernetwork)["embedded"] == 0
+    catalogue = Catalogue(s3_bucket)
+    [before] = catalogue.current()
+    assert before.embedding_model == ""
+    result = run([docs], s3_bucket, hypernetwork, embedding=BUNDLED)
+    assert (*summary(result), result["embedded"]) == (4, 3, 1, 0, 1)
+    catalogue.refresh()
+    after = catalogue.resolve(tenant, "harbour.txt")
+    assert after is not None
+    unchanged = {"created_at": after.created_at, "embedding_model": after.embedding_model}
+    assert dataclasses.replace(before, **unchanged) == after  # type: ignore[arg-type]
+    embedder = Embedder(EmbeddingModel.of(BUNDLED))
+    events, vectors = catalogue.embeddings(tenant, embedder.name)
+    expected = embedder([(docs / event.doc_id).read_text() for event in events])
+    assert {event.doc_id for event in events} == {*TEXTS, "twin.md"}
+    torch.testing.assert_close(torch.tensor(vectors), expected, atol=1e-4, rtol=0)
+    for embedding in (BUNDLED, "none"):
+        result = run([docs], s3_bucket, hypernetwork, embedding=embedding)
+        assert (*summary(result), result["embedded"]) == (4, 0, 4, 0, 0)
+        assert result["catalogue_version"] == catalogue.version
 
 
 def test_sync_deletes_what_has_vanished(hypernetwork: Path, tmp_path: Path) -> None:
@@ -335,6 +368,7 @@ def test_folders_globs_and_files(tmp_path: Path) -> None:
         ({"hypernetwork": Path("nowhere")}, r"nowhere/config\.json: no such file"),
         ({"base": "./nowhere"}, "no such folder"),
         ({"dtype": "float7"}, "dtype 'float7'"),
+        ({"embedding": "./nowhere"}, "embedding model './nowhere': no such folder"),
     ],
 )
 def test_mistakes(

@@ -184,7 +184,7 @@ def test_documents_in_object_storage_become_adapters_there(bucket: str, tiny_lla
     Storage(bucket).create("docs/pages.jsonl", b'{"id": "page", "text": "Page one."}\nno JSON')
     checkpoint = str(tmp_path / "hypernetwork")
     tiny_hypernetwork(tiny_llama).save_pretrained(checkpoint)
-    options = ("--hypernetwork", checkpoint, "--dtype", "float32", "--batch-documents", "2")
+    options = ("--hypernetwork", checkpoint, "--dtype", "float32", "--batch-documents", "2", "--embedding", "none")
     report = d2l("convert", f"{bucket}/docs", "--store", f"{bucket}/store", *options, cwd=tmp_path, exit_code=3)
     assert (report["documents"], report["converted"], report["failed"]) == (8, 7, 1)
     catalogue, store = Catalogue(f"{bucket}/store"), AdapterStore(f"{bucket}/store")

@@ -6,13 +6,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l import catalogue as catalogue_module
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
+from d2l.storage import Storage
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -45,6 +48,7 @@ def test_events_come_back_as_they_were(root: str) -> None:
         hypernetwork="f",
         base="org/model",
         embedding=[0.5, -1.0],
+        embedding_model="org/small@1234",
         source_uri="s3://x/y",
     )
     failed = event("failed", "v2", 1, stage="read", reason="not UTF-8 – at all")
@@ -112,6 +116,37 @@ def test_compaction_changes_nothing(tmp_path: Path) -> None:
     catalogue.refresh()
     assert versions(catalogue) == {"manual": "v2"}
     assert catalogue.history("acme", "manual") == history
+
+
+def test_embeddings_are_the_current_documents_of_one_tenant_and_one_model(root: str) -> None:
+    def made(doc_id: str, second: int, *vector: float, model: str = "m@1", **fields: Any) -> Event:
+        return event(second=second, doc_id=doc_id, embedding=list(vector), embedding_model=model, **fields)
+
+    catalogue = Catalogue(root)
+    events, vectors = catalogue.embeddings("acme", "m@1")
+    assert (events, len(vectors)) == ([], 0)
+    catalogue.append([made("a", 0, 1, 0), made("b", 0, 0, 1), made("c", 0, 1, 0), made("d", 0, 1, 0), event()])
+    catalogue.append([made("a", 1, 0, -1, version="v2"), made("e", 1, 1, 0, tenant="rival")])
+    catalogue.append([event("deleted", doc_id="c", second=2), made("d", 2, 1, 0, 0, model="m@2")])
+    events, vectors = catalogue.embeddings("acme", "m@1")
+    assert {e.doc_id: v.tolist() for e, v in zip(events, vectors, strict=True)} == {"a": [0, -1], "b": [0, 1]}
+    assert events[0] == catalogue.resolve("acme", events[0].doc_id)
+    assert vectors.dtype == "float32"
+
+
+def test_tables_without_the_column_of_embedding_models_are_read_and_widened(root: str) -> None:
+    storage, old = Storage(root), catalogue_module.SCHEMA.remove(catalogue_module.SCHEMA.names.index("embedding_model"))
+    row = {name: getattr(event(), name) for name in old.names}
+    options = storage.delta_options()
+    write_deltalake(storage.url("catalogue"), pa.Table.from_pylist([row], old), storage_options=options)
+    reader, writers = Catalogue(root), [Catalogue(root), Catalogue(root)]
+    assert reader.resolve("acme", "manual") == event()
+    for number, writer in enumerate(writers):
+        writer.append([event(doc_id=f"new{number}", embedding=[1.0], embedding_model="m@1")])
+    reader.refresh()
+    assert len(versions(reader)) == 3
+    assert reader.history("acme", "manual") == [event()]
+    assert len(reader.embeddings("acme", "m@1")[0]) == 2
 
 
 kinds = st.sampled_from(["ready", "ready", "deleted", "failed"])

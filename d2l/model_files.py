@@ -1,0 +1,89 @@
+"""Files of models: the local folder behind a name, be that a folder, an `s3://` (or other fsspec) one or a hub id."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+from d2l.errors import UserError
+
+
+def locate(name: str, what: str, bundled: str) -> str:
+    """The local folder that `transformers` loads `name` from; what lies elsewhere is fetched once.
+
+    Args:
+        name: local folder, fsspec URL of a folder, or hub id.
+        what: kind of model, `base model` say, for errors.
+        bundled: name of one that needs no download, for errors.
+
+    Raises:
+        UserError: there is none, or it cannot be fetched.
+    """
+    if "://" in name:
+        return str(_fetch(name, what))
+    if Path(name).is_dir():
+        return name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{what} {name!r}: no such folder. Give a folder, an s3:// folder, a hub id, or: {bundled}")
+    return _download(name, what)
+
+
+def cache_folder() -> Path:
+    """Where converted and fetched models lie: `$D2L_CACHE`, by default under the user's cache folder."""
+    return Path(os.environ.get("D2L_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "d2l")
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Digest of a folder's weight files, 16 hex digits."""
+    files = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as stream:
+            files.update(hashlib.file_digest(stream, "sha256").digest())
+    return files.hexdigest()[:16]
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder that appears at `target` whole or not at all; a concurrent winner is kept."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    try:
+        yield partial
+        if not target.exists():
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(name: str, what: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{what} {name!r}: not in the hub's cache and not downloadable ({reason})") from error
+
+
+def _fetch(url: str, what: str) -> Path:
+    target = cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if target.exists():
+        return target
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        if not filesystem.isdir(path):
+            raise UserError(f"{what} {url}: no such folder")
+        with appearing(target) as partial:
+            filesystem.get(path.rstrip("/") + "/", str(partial) + "/", recursive=True)
+    except UserError:
+        raise
+    except Exception as error:  # every filesystem has types of its own for "no such protocol", "no network", "denied"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{what} {url}: cannot be fetched ({reason})") from error
+    return target
