@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -137,6 +136,8 @@ class Adapter:
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "provenance": to_dict(self.provenance),
         }
+        from peft import LoraConfig  # takes seconds to import, and only who writes adapters needs it
+
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.scale * self.rank,  # type: ignore[arg-type]

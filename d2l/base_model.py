@@ -13,15 +13,19 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.errors import UserError
 from d2l.model_files import appearing, cache_folder, locate, weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # its module takes seconds to import; who loads no model needs it not
 
 BUNDLED_MODELS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names of base models that need no download, and the hub ids they stand for."""
@@ -73,7 +77,7 @@ class BaseModel:
 
     name: str
     """The hub id where there is one, else the name it was asked for by; never a cache path."""
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     tokenizer: PreTrainedTokenizerBase
     digests: Digests = field(repr=False)
 
@@ -240,7 +244,7 @@ def _bundled(name: str) -> Path:
     return target
 
 
-def _digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> Digests:
+def _digests(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: str) -> Digests:
     config = model.config.get_text_config()
     sizes = {name: getattr(config, name, None) for name in _ARCHITECTURE_FIELDS}
     chat = [{"role": "user", "content": "probe"}]

@@ -73,6 +73,12 @@ COMMANDS = {
         "are questions about generated facts answered?",
         "pipelines.evaluate.qa_report:show",
     ),
+    "evaluate interference": _Command(
+        "pipelines.evaluate.interference:evaluate_interference",
+        "EvaluateInterferenceConfig",
+        "what do adapters cost where their document does not matter?",
+        "pipelines.evaluate.interference:show",
+    ),
     "evaluate report": _Command(
         "pipelines.evaluate.needle_report:join",
         "JoinConfig",

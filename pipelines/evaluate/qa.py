@@ -145,9 +145,9 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
             cluster.connect()
             _run(config, batches, len(exams), done, log)
         trials = list(log.read())
-        found, gains = scores(trials, config.rows)
+        found, differences = scores(trials, config.rows)
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [record.run_id]}
-        result = qa_report.write(folder, found, gains, about | {"devices": sorted({t.device for t in trials})})
+        result = qa_report.write(folder, found, differences, about | {"devices": sorted({t.device for t in trials})})
         for score in found:
             for measure in ("f1", "exact_match", "recall", "rouge_l"):
                 key = f"{score.group.replace(' ', '_')}/{score.name}/{measure}"

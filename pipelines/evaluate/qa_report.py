@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from d2l.config import from_dict, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
-from pipelines.evaluate.qa_scores import Gain, Score
+from pipelines.evaluate.qa_scores import Difference, Score
 
 matplotlib.use("Agg")
 _FILES = ("results.json", "results.md", "scores.png")
@@ -25,24 +25,30 @@ _COLORS = {
     "d2l": "#2563a8",
 }
 _COMPRESSED = "#8fb4d9"
+_DIFFERENCES = {
+    "document_gain": "The right document's adapter against another's",
+    "interference": "Another document's adapter against none",
+}
 
 
-def write(folder: Path, found: Sequence[Score], gains: Sequence[Gain], about: dict[str, Any]) -> dict[str, Any]:
+def write(
+    folder: Path, found: Sequence[Score], differences: Sequence[Difference], about: dict[str, Any]
+) -> dict[str, Any]:
     """Write table and plot.
 
     Args:
         folder: created if need be.
         found: scores, groups together.
-        gains: of its groups.
+        differences: between its rows.
         about: `hypernetwork` (fingerprint), `base`, `mlflow_runs`, `devices`.
 
     Returns:
-        `about`, `rows`, see `Score`, and `document_gain`, see `Gain`; as in results.json.
+        `about`, `rows`, see `Score`, and `differences`, see `Difference`; as in results.json.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    result = about | {"rows": [to_dict(s) for s in found], "document_gain": [to_dict(g) for g in gains]}
+    result = about | {"rows": [to_dict(s) for s in found], "differences": [to_dict(d) for d in differences]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_json(result, folder / "results.json")
@@ -90,11 +96,9 @@ def _markdown(result: dict[str, Any]) -> str:
             f"{score.extra_bytes / 1e6:.1f}" if score.extra_bytes else "",
         )
         parts.append(f"| {' | '.join(cells)} |\n")
-    for gain in (from_dict(Gain, record) for record in result["document_gain"]):
-        parts.append(
-            f"\nThe right document's adapter against another's ({gain.group}): {gain.f1:+.3f} F1, "
-            f"{gain.low:+.3f} to {gain.high:+.3f}.\n"
-        )
+    for found in (from_dict(Difference, record) for record in result["differences"]):
+        interval = f"{found.f1:+.3f} F1, {found.low:+.3f} to {found.high:+.3f}"
+        parts.append(f"\n{_DIFFERENCES[found.name]} ({found.group}): {interval}.\n")
     return "".join(parts)
 
 

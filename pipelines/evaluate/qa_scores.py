@@ -49,35 +49,44 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What the right document's adapter adds to another's, of one group: means of the differences, 95% intervals."""
+class Difference:
+    """How much better one row answers the questions of a group than another, and the 95% interval over documents."""
 
     group: str
     """Which documents."""
+    name: str
+    """`document_gain`: the right document's adapter against another's; `interference`: another's against none."""
     f1: float
-    """Of F1."""
+    """Mean difference of F1."""
     low: float
     """Lower end of its interval."""
     high: float
     """Its upper end."""
 
 
-def scores(trials: Iterable[Trial], rows: Sequence[str]) -> tuple[list[Score], list[Gain]]:
-    """Scores of every group and row, and the gains of groups that have both documents' adapters."""
+_DIFFERENCES = {
+    "document_gain": ("d2l", "d2l_wrong_document"),
+    "interference": ("d2l_wrong_document", "no_document"),
+}
+
+
+def scores(trials: Iterable[Trial], rows: Sequence[str]) -> tuple[list[Score], list[Difference]]:
+    """Scores of every group and row, and the differences between rows that were asked."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.group, []).append(trial)
-    found, gains = [], []
+    found, differences = [], []
     for group, members in groups.items():
         values = {row: _values([t.asked[i] for t in members], members) for i, row in enumerate(rows)}
         sizes = np.array([len(trial.questions) for trial in members])
         found += [
             _score(group, row, [trial.asked[i] for trial in members], values[row], sizes) for i, row in enumerate(rows)
         ]
-        if {"d2l", "d2l_wrong_document"} <= set(rows):
-            difference = values["d2l"]["f1"] - values["d2l_wrong_document"]["f1"]
-            gains.append(Gain(group, difference.sum() / sizes.sum(), *_interval(difference, sizes)))
-    return found, gains
+        for name, (better, worse) in _DIFFERENCES.items():
+            if better in values and worse in values:
+                sums = values[better]["f1"] - values[worse]["f1"]
+                differences.append(Difference(group, name, float(sums.sum() / sizes.sum()), *interval(sums, sizes)))
+    return found, differences
 
 
 def _values(asked: Sequence[Answers], trials: Sequence[Trial]) -> dict[str, np.ndarray]:
@@ -91,8 +100,8 @@ def _values(asked: Sequence[Answers], trials: Sequence[Trial]) -> dict[str, np.n
 
 def _score(group: str, row: str, asked: Sequence[Answers], values: dict[str, np.ndarray], sizes: np.ndarray) -> Score:
     means = {name: float(value.sum() / sizes.sum()) for name, value in values.items()}
-    f1_low, f1_high = _interval(values["f1"], sizes)
-    exact_low, exact_high = _interval(values["exact_match"], sizes)
+    f1_low, f1_high = interval(values["f1"], sizes)
+    exact_low, exact_high = interval(values["exact_match"], sizes)
     return Score(
         group=group,
         name=row,
@@ -108,8 +117,13 @@ def _score(group: str, row: str, asked: Sequence[Answers], values: dict[str, np.
     )
 
 
-def _interval(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap of a mean over questions, whole documents drawn: their questions are not independent."""
+def interval(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """95% interval of a mean: percentile bootstrap, whole documents drawn, for their questions are not independent.
+
+    Args:
+        sums: [documents], of what is averaged.
+        sizes: [documents], how many it is the sum of.
+    """
     drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLED, len(sums)))
     low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), (0.025, 0.975))
     return float(low), float(high)

@@ -7,6 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from d2l.errors import UserError
 from pipelines.evaluate.answers import AnswerLog
+from pipelines.evaluate.interference import EvaluateInterferenceConfig, evaluate_interference
 from pipelines.evaluate.qa import EvaluateFactsConfig, EvaluateQaConfig, evaluate_facts, evaluate_qa
 from pipelines.evaluate.qa_trial import Trial
 from pipelines.tracking import TrackingConfig
@@ -41,7 +42,9 @@ def test_an_evaluation_of_facts_asks_under_every_condition_and_goes_on(config):
     assert [(r["group"], r["name"], r["n"]) for r in result["rows"]] == [
         (group, name, n) for group, n in (("1 fact", 3), ("3 facts", 6)) for name in ROWS
     ]
-    assert [gain["group"] for gain in result["document_gain"]] == ["1 fact", "3 facts"]
+    assert [(d["group"], d["name"]) for d in result["differences"]] == [
+        (group, name) for group in ("1 fact", "3 facts") for name in ("document_gain", "interference")
+    ]
     named = {r["name"]: r for r in result["rows"] if r["group"] == "1 fact"}
     assert 0 < named["d2l_rank6"]["extra_bytes"] < named["d2l"]["extra_bytes"]
     assert named["d2l"]["seconds_per_document"] > 0
@@ -84,3 +87,25 @@ def test_an_evaluation_of_questions_takes_a_parquet_file(config, tmp_path):
         evaluate_qa(dataclasses.replace(asked, rows=("d3l",)))
     with pytest.raises(UserError, match="--static FOLDER"):
         evaluate_qa(dataclasses.replace(asked, rows=("static",)))
+
+
+def test_interference_is_nothing_where_adapters_change_nothing(config, tiny_llama, tmp_path):
+    prose = tmp_path / "prose.txt"
+    prose.write_text("\n\n".join(f"Text {i} about harbours, numbers and the sea. " * 8 for i in range(30)))
+    tiny_hypernetwork(tiny_llama, trained=False).save_pretrained(tmp_path / "untrained")
+    asked = EvaluateInterferenceConfig(
+        documents=str(prose),
+        prose=str(prose),
+        hypernetwork=config.hypernetwork,
+        passages=6,
+        tokens=40,
+        output=tmp_path / "report",
+        tracking=config.tracking,
+    )
+    result = evaluate_interference(asked)
+    assert result["passages"] == 6
+    assert result["perplexity_adapter"] != pytest.approx(result["perplexity"], rel=1e-3)
+    assert result["low"] <= result["increase"] <= result["high"]
+    assert (tmp_path / "report/results.json").exists()
+    none = evaluate_interference(dataclasses.replace(asked, hypernetwork=tmp_path / "untrained"))
+    assert (none["perplexity"], none["increase"]) == pytest.approx((result["perplexity"], 0), abs=1e-5)

@@ -97,17 +97,17 @@ def trial(number: int, answer: str, wrong: str) -> Trial:
 def test_scores_have_intervals_over_documents_and_a_gain(tmp_path) -> None:
     rows = ("d2l_wrong_document", "d2l")
     trials = [trial(i, "blue house" if i % 2 else "blue", "red") for i in range(40)]
-    found, gains = scores(trials, rows)
+    found, (gain,) = scores(trials, rows)
     wrong, right = found
     assert [(s.name, s.n) for s in found] == [("d2l_wrong_document", 40), ("d2l", 40)]
     assert (wrong.f1, wrong.f1_low, wrong.f1_high) == (0, 0, 0)
     assert right.f1 == pytest.approx((1 + 2 / 3) / 2)
     assert 0.3 < right.exact_match_low < right.exact_match == 0.5 < right.exact_match_high < 0.7
     assert (right.seconds_per_document, right.seconds_per_answer, right.extra_bytes) == (2.0, 0.5, 1000)
-    assert gains[0].f1 == pytest.approx(right.f1)
-    assert 0 < gains[0].low < gains[0].f1 < gains[0].high
+    assert gain.f1 == pytest.approx(right.f1)
+    assert 0 < gain.low < gain.f1 < gain.high
     about = {"hypernetwork": "abcd", "base": "base", "mlflow_runs": ["1"], "devices": ["cpu"]}
-    result = qa_report.write(tmp_path, found, gains, about)
+    result = qa_report.write(tmp_path, found, [gain], about)
     assert [row["name"] for row in result["rows"]] == list(rows)
     assert "+0.833 F1" in (tmp_path / "results.md").read_text()
     assert image.imread(tmp_path / "scores.png").std() > 0.05

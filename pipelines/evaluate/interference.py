@@ -1,0 +1,176 @@
+"""`d2l evaluate interference`: what does an adapter cost where its document does not matter?
+
+Perplexity on passages of ordinary text, without an adapter and with those of documents that have nothing to do with
+them. What it costs in answers to other questions stands in every report of `d2l evaluate qa` that has the rows
+`no_document` and `d2l_wrong_document`.
+"""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2l.adapter import Adapter
+from d2l.config import save_json
+from d2l.errors import UserError
+from d2l.hypernetwork import read_config
+from d2l.injection import inject, place_rows
+from d2l.model import SHIPPED, DocToLora
+from pipelines import cluster, tracking
+from pipelines.evaluate.qa_scores import interval
+from pipelines.progress import Progress
+from pipelines.prose import load_prose
+from pipelines.tracking import TrackingConfig
+
+_BATCH = 8
+"""Documents, and passages, that an actor takes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateInterferenceConfig:
+    """Passages, and documents that have nothing to do with them."""
+
+    documents: str
+    """Texts to internalize: a Parquet file with a column `text`, or a text file; the held-out ones are used."""
+    prose: str
+    """Ordinary text, in the same form; the held-out texts are used."""
+    hypernetwork: Path = SHIPPED
+    """Hypernetwork checkpoint; the shipped one by default."""
+    base: str | None = None
+    """Base model; by default the one the checkpoint names."""
+    passages: int = 200
+    """Passages, each with another document's adapter, while there are documents."""
+    tokens: int = 256
+    """Tokens of a passage, and of a document at most."""
+    workers: int = 1
+    """Evaluating actors."""
+    gpus_per_worker: float = 0
+    """GPUs of one actor."""
+    output: Path | None = None
+    """Folder for results.json; none by default."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
+
+
+def evaluate_interference(config: EvaluateInterferenceConfig) -> dict[str, Any]:
+    """Measure.
+
+    Returns:
+        `perplexity` without adapters and `perplexity_adapter` with them; `increase`, the relative difference, with its
+        95% interval (bootstrap over passages) `low` and `high`; `passages`; fingerprint and MLflow run.
+
+    Raises:
+        UserError: bad options, no such checkpoint, or no texts.
+    """
+    if config.passages < 2 or config.tokens < 2 or config.workers < 1:
+        raise UserError("--passages and --tokens must be at least 2, --workers at least 1")
+    config = replace(config, hypernetwork=config.hypernetwork.absolute())  # actors may run in other folders
+    fingerprint = read_config(config.hypernetwork)["fingerprint"]
+    documents, texts = (load_prose(path, held_out=True) for path in (config.documents, config.prose))
+    pairs = [
+        {"document": documents[i % len(documents)], "text": texts[i % len(texts)], "number": i // len(texts)}
+        for i in range(config.passages)
+    ]
+    with ExitStack() as stack:
+        record = tracking.open_run(config.tracking, "interference", config)
+        client = stack.enter_context(tracking.closing(record))
+        cluster.connect()
+        measured = _run(config, pairs)
+        nats, adapted, tokens = (measured[:, column] for column in range(3))
+        low, high = interval(adapted - nats, tokens)
+        result = {
+            "hypernetwork": fingerprint,
+            "passages": len(measured),
+            "perplexity": math.exp(nats.sum() / tokens.sum()),
+            "perplexity_adapter": math.exp(adapted.sum() / tokens.sum()),
+            "increase": math.expm1((adapted - nats).sum() / tokens.sum()),
+            "low": math.expm1(low),
+            "high": math.expm1(high),
+            "mlflow_run": record.run_id,
+        }
+        for name in ("perplexity", "perplexity_adapter", "increase"):
+            client.log_metric(record.run_id, name, result[name])
+        if config.output:
+            config.output.mkdir(parents=True, exist_ok=True)
+            save_json(result, config.output / "results.json")
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result as a table."""
+    table = Table(title=f"{result['passages']} passages, adapters of hypernetwork {result['hypernetwork']}")
+    for column in ("perplexity without", "with an unrelated adapter", "increase", "95% interval"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{result['perplexity']:.2f}",
+        f"{result['perplexity_adapter']:.2f}",
+        f"{result['increase']:+.2%}",
+        f"{result['low']:+.2%} to {result['high']:+.2%}",
+    )
+    Console().print(table)
+
+
+def _run(config: EvaluateInterferenceConfig, pairs: list[dict[str, Any]]) -> np.ndarray:
+    """[passages, 3]: nats without adapter, nats with one, tokens they are of."""
+    tables = [pa.Table.from_pylist(pairs[start : start + _BATCH]) for start in range(0, len(pairs), _BATCH)]
+    listened = ray.data.from_arrow(tables).map_batches(
+        Listener,
+        fn_constructor_args=(config,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        num_gpus=config.gpus_per_worker or None,
+    )
+    rows = []
+    with Progress("reading passages", len(pairs)) as progress:
+        for batch in listened.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            rows.append(np.stack([batch["nats"], batch["adapted"], batch["tokens"]], 1))
+            progress.advance(len(rows[-1]), "")
+    return np.concatenate(rows)
+
+
+class Listener:
+    """The actor: documents and passages in, nats out."""
+
+    def __init__(self, config: EvaluateInterferenceConfig):
+        self.config = config
+        self.model = DocToLora.from_pretrained(config.hypernetwork, config.base)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """For each passage that has enough tokens: `nats`, `adapted` (nats with the adapter), `tokens`."""
+        cluster.share_cores(self.config.workers)
+        size, tokenizer = self.config.tokens, self.model.base.tokenizer
+        passages, documents = [], []
+        for row in batch.to_pylist():
+            ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = ids[row["number"] * size :][:size]
+            if len(ids) == size:
+                passages.append(ids)
+                documents.append(row["document"][: 4 * size])
+        nats, adapted = np.zeros((2, len(passages)))
+        if passages:
+            ids_PT = torch.tensor(passages, device=self.model.base.device)
+            adapters = self.model.internalize(documents)
+            nats, adapted = self._nats(ids_PT, [None] * len(passages)), self._nats(ids_PT, adapters)
+        return pa.table({"nats": nats, "adapted": adapted, "tokens": np.full(len(passages), size - 1.0)})
+
+    @torch.no_grad()
+    def _nats(self, ids_PT: Tensor, adapters: list[Adapter] | list[None]) -> np.ndarray:
+        base = self.model.base
+        with inject(base, *place_rows(base, adapters)):
+            logits = base.model(input_ids=ids_PT, use_cache=False).logits[:, :-1]
+        losses = [
+            F.cross_entropy(logits_TV.float(), ids_T[1:], reduction="sum")
+            for logits_TV, ids_T in zip(logits, ids_PT, strict=True)
+        ]
+        return torch.stack(losses).double().cpu().numpy()
