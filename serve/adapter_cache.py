@@ -17,7 +17,7 @@ Key = tuple[str, tuple[str, ...]]
 
 @dataclass
 class _Entry:
-    load: asyncio.Task[Adapter]
+    load: asyncio.Future[Adapter]
     users: int = 0
     """Requests that have the adapter or wait for it."""
     nbytes: int = 0
@@ -63,7 +63,7 @@ class AdapterCache:
             entry.users -= 1
             self._evict()
 
-    def _loaded(self, key: Key, entry: _Entry, load: asyncio.Task[Adapter]) -> None:
+    def _loaded(self, key: Key, entry: _Entry, load: asyncio.Future[Adapter]) -> None:
         if load.cancelled() or load.exception():
             del self._entries[key]
             return

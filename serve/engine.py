@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from serve.adapter_disk import AdapterDisk
 from serve.batcher import Batcher, BatcherConfig, Job, Piece
 from serve.errors import ApiError
 from serve.metrics import AnswerTimer, EngineMetrics
+
+_LOADS = 32
+"""Adapters that are loaded at once at most."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,7 +85,8 @@ class Engine:
     ):
         self._base = load_base_model(base, device, dtype)
         self._disk = AdapterDisk(AdapterStore(store), disk_bytes)
-        self._cache = AdapterCache(cache_bytes, lambda key: asyncio.to_thread(self._load, key))
+        self._loaders = ThreadPoolExecutor(_LOADS, "adapter-load")  # of their own: prompts wait for no slow storage
+        self._cache = AdapterCache(cache_bytes, self._start_load)
         self._timeout_s = timeout_s
         self._batcher = Batcher(self._base, batching)
         self._metrics = EngineMetrics(self._batcher, self._cache)
@@ -157,6 +162,9 @@ class Engine:
             return self._base.prompt_ids(request.messages)
         except jinja2.TemplateError as error:
             raise UserError(f"messages: the base model's chat template refuses them ({error})") from None
+
+    def _start_load(self, key: Key) -> asyncio.Future[Adapter]:
+        return asyncio.get_running_loop().run_in_executor(self._loaders, self._load, key)
 
     def _load(self, key: Key) -> Adapter:
         tenant, adapter_ids = key

@@ -186,18 +186,12 @@ class _Prefill:
         keys, values = self.slab.data[layer, :, self.index]
         keys[:, self.length : end] = key_TGD[own].transpose(0, 1)
         values[:, self.length : end] = value_TGD[own].transpose(0, 1)
-        query_HTD = query_THD[own].transpose(0, 1)
-        repeats = len(query_HTD) // len(keys)
-        shown = (t[:, :end].repeat_interleave(repeats, 0).unsqueeze(0) for t in (keys, values))
+        query = query_THD[own].transpose(0, 1).unflatten(0, (len(keys), -1))
+        shown = (t[:, None, :end].expand(-1, query.shape[1], -1, -1) for t in (keys, values))  # repeated, not copied
         whole = self.length == 0 and (window is None or window >= end)
-        found = scaled_dot_product_attention(
-            query_HTD.unsqueeze(0),
-            *shown,
-            attn_mask=None if whole else self._mask(window, query_HTD),
-            is_causal=whole,
-            scale=scale,
-        )
-        return found[0].transpose(0, 1)
+        mask = None if whole else self._mask(window, query)
+        found = scaled_dot_product_attention(query, *shown, attn_mask=mask, is_causal=whole, scale=scale)
+        return found.flatten(0, 1).transpose(0, 1)
 
     def _mask(self, window: int | None, query: Tensor) -> Tensor:
         if window not in self._masks:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,30 @@ def test_one_damaged_adapter_is_its_request_s_alone(engine: Callable[..., Engine
         assert isinstance(error, ApiError)
         assert (error.status, error.code) == (500, "adapter_unavailable")
     assert one.text != none.text
+
+
+def test_slow_storage_stops_nobody_else(engine: Callable[..., Engine], tiny_llama: BaseModel, tmp_path: Path):
+    """Adapters whose weights do not come (pipes that nobody writes to), and one that does."""
+    store, slow = AdapterStore(tmp_path), [f"{number:032x}" for number in range(100, 120)]
+    pipes = [tmp_path / "adapters" / "default" / adapter_id / WEIGHTS_FILE for adapter_id in slow]
+    for adapter_id, pipe in zip(slow, pipes, strict=True):
+        store.put("default", adapter_id, random_adapter(tiny_llama))
+        pipe.unlink()
+        os.mkfifo(pipe)
+
+    async def main() -> None:
+        replica = engine()
+        waiting = [asyncio.create_task(replica.complete(asked(adapter_id))) for adapter_id in slow]
+        await asyncio.sleep(0.2)
+        for request in (asked(), asked(IDS[0])):
+            assert (await asyncio.wait_for(replica.complete(request), 30)).text
+        assert not any(task.done() for task in waiting)
+        for pipe in pipes:
+            await asyncio.to_thread(pipe.write_bytes, b"too late")
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+        assert all(isinstance(result, ApiError) for result in results)
+
+    asyncio.run(main())
 
 
 def test_an_answer_that_takes_too_long_is_given_up(engine: Callable[..., Engine]):
