@@ -1,6 +1,8 @@
 """`d2l serve`: configuration, deployment graph, start and stop.
 
-    client -> Serve's HTTP proxy -> Gateway -> Engine (replicas)
+    client -> Serve's HTTP proxy -> Gateway (replicas) -> Engine (replicas)
+                                            |      '----> Internalizer (replicas)
+                                    CatalogueDeployment (one)
 
 Every queue is bounded. The engines' is the first to fill, so that overload is answered by the gateway: 429, in OpenAI's
 format, with Retry-After.
@@ -19,14 +21,19 @@ import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from d2l.base_model import resolve
+from d2l.base_model import BUNDLED_MODELS, resolve
 from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.hypernetwork import base_model_of, read_config
+from d2l.model import SHIPPED
 from d2l.storage import Storage
 from serve.batcher import BatcherConfig
+from serve.catalogue_deployment import CatalogueDeployment
 from serve.engine import Engine
 from serve.errors import RETRY_AFTER_S
 from serve.gateway import Gateway
+from serve.internalizer import Internalizer
+from serve.keys import Keys
 
 APP_NAME = "d2l"
 """Name of the Serve application."""
@@ -50,6 +57,8 @@ class ServeConfig:
     """Port to listen at."""
     replicas: int = 1
     """Engines, each with the base model."""
+    gateways: int = 1
+    """Processes that speak HTTP for the engines."""
     gpus_per_replica: float = 0
     """GPUs of each engine; a fraction shares one."""
     cpus_per_replica: float = 1
@@ -66,16 +75,37 @@ class ServeConfig:
     """Adapters from object storage that a machine keeps on disk, in bytes; 0 for none."""
     request_timeout_s: float = 300
     """Seconds that an answer may take, waiting included; then it ends with 504."""
+    hypernetwork: str | None = None
+    """Checkpoint that makes adapters of uploaded documents; by default the shipped one where it fits the base model.
+    Without one no documents are taken."""
+    internalizers: int = 1
+    """Processes that internalize uploaded documents, each with the base model."""
+    gpus_per_internalizer: float = 0
+    """GPUs of each; a fraction shares one."""
+    cpus_per_internalizer: float = 1
+    """CPU cores of each, and so its threads."""
+    keys: str | None = None
+    """File of API keys (`d2l keys add`), read again when it changes; without it everybody is the tenant `default`."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._/-]+", self.alias):
             raise UserError(f"alias {self.alias!r}: give letters, digits and any of . _ / -")
-        for name in ("replicas", "max_batch_size", "max_queued_requests", "adapter_cache_bytes"):
+        for name in (
+            "replicas",
+            "gateways",
+            "internalizers",
+            "max_batch_size",
+            "max_queued_requests",
+            "adapter_cache_bytes",
+        ):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.request_timeout_s <= 0:
             raise UserError(f"request_timeout_s must be positive, got {self.request_timeout_s}")
-        for name in ("gpus_per_replica", "cpus_per_replica", "adapter_disk_bytes"):
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise UserError(f"max_replicas {self.max_replicas} must not be less than replicas {self.replicas}")
+        resources = ("gpus_per_replica", "gpus_per_internalizer", "cpus_per_replica", "cpus_per_internalizer")
+        for name in (*resources, "adapter_disk_bytes"):
             if (value := getattr(self, name)) < 0:
                 raise UserError(f"{name} must not be negative, got {value}")
 
@@ -106,13 +136,34 @@ def build(config: ServeConfig) -> serve.Application:
         timeout_s=config.request_timeout_s,
         batching=BatcherConfig(config.max_batch_size),
     )
+    catalogue = CatalogueDeployment.options(
+        num_replicas=1,  # more would each allow all of a key's limits
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=10_000,  # each gateway always asks for news
+    ).bind(store, str(Path(config.keys).absolute()) if config.keys else None)
+    internalizer = None
+    if hypernetwork := _hypernetwork(config):
+        internalizer = Internalizer.options(
+            num_replicas=config.internalizers,
+            ray_actor_options={"num_cpus": config.cpus_per_internalizer, "num_gpus": config.gpus_per_internalizer},
+            max_ongoing_requests=ongoing,
+            max_queued_requests=config.max_queued_requests,
+        ).bind(store, hypernetwork, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype)
     capacity = ongoing * config.replicas + config.max_queued_requests
     return Gateway.options(
+        num_replicas=config.gateways,
         ray_actor_options={"num_cpus": 0},  # it only waits
         max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
         max_queued_requests=capacity,
         backpressure_config=_OVERLOAD,
-    ).bind(engine, store, config.alias)
+    ).bind(engine, catalogue, internalizer, store, config.alias)
+
+
+def _hypernetwork(config: ServeConfig) -> str | None:
+    if config.hypernetwork is not None:
+        return str(Path(config.hypernetwork).absolute())
+    made_for = base_model_of(SHIPPED)
+    return str(SHIPPED) if made_for in (config.base, BUNDLED_MODELS.get(config.base)) else None
 
 
 def run(config: ServeConfig, blocking: bool = True) -> None:
@@ -127,6 +178,10 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     """
     resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
     Catalogue(config.store)
+    if hypernetwork := _hypernetwork(config):
+        read_config(Path(hypernetwork))
+    if config.keys:
+        Keys.read(config.keys)
     _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():

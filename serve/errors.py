@@ -30,13 +30,15 @@ class ApiError(Exception):
         status: HTTP status.
         message: for the user, naming the input and what to do.
         code: short name of the error, for programs.
+        retry_after_s: when to try again; for 429 and 503 there is a default.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(status, message, code)  # all of them, so that the error survives pickling by Ray
+    def __init__(self, status: int, message: str, code: str | None = None, retry_after_s: int | None = None):
+        super().__init__(status, message, code, retry_after_s)  # all of them, so that Ray can pickle the error
         self.status = status
         self.message = message
         self.code = code
+        self.retry_after_s = retry_after_s or (RETRY_AFTER_S if status in (429, 503) else None)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -53,7 +55,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, BackPressureError):
         return ApiError(429, f"Too many requests are waiting. Try again in {RETRY_AFTER_S} s.", "overloaded")
     if isinstance(error, RayActorError | DeploymentUnavailableError):
-        return ApiError(503, "The engine that held this request is gone. Try again.", "engine_unavailable")
+        return ApiError(503, "The replica that held this request is gone. Try again.", "replica_unavailable")
     logger.error("request failed", exc_info=error)
     return ApiError(500, "Internal error; the server's log has the details.")
 
@@ -73,7 +75,9 @@ def handle_errors(app: FastAPI) -> None:
 
 async def _respond(request: Request, error: Exception) -> JSONResponse:
     known = as_api_error(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if known.status in (429, 503) else None
+    headers = {"Retry-After": str(known.retry_after_s)} if known.retry_after_s else {}
+    if known.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(known), known.status, headers)
 
 

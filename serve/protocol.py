@@ -1,21 +1,19 @@
-"""OpenAI's chat completion requests and responses, as far as they are served.
+"""OpenAI's requests for answers, as far as they are served; `responses` has the answers.
 
-Parameters that are not honoured are refused, never ignored; their neutral values (`n=1`, `logprobs=false`, null) and
+Parameters that are not honoured are refused, never ignored; their neutral values (`presence_penalty=0`, null) and
 `user`, which by definition changes no answer, are accepted because clients send them unasked.
 """
 
-import time
-import uuid
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from d2l.generation import SamplingConfig
-from serve.batcher import Piece
 
 DEFAULTS = SamplingConfig()
 """Sampling where a request does not say: greedy."""
+MOST_CHOICES = 8
+"""Answers to one request."""
 
 
 def _unicode(text: str) -> str:
@@ -30,7 +28,7 @@ Text = Annotated[str, AfterValidator(_unicode)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Unknown fields are errors; null means not given."""
 
     model_config = ConfigDict(extra="forbid")
@@ -41,14 +39,14 @@ class _Strict(BaseModel):
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
@@ -60,83 +58,86 @@ class Message(_Strict):
         return {"role": self.role, "content": text}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Extras of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class ChatRequest(_Strict):
-    """Body of POST /v1/chat/completions."""
+class GenerationRequest(Strict):
+    """What chats and completions have in common."""
 
     model: Text = Field(description="`alias`, `alias:doc_id`, `alias:doc_id@version` or `alias:doc_a+doc_b`.")
-    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description=f"{DEFAULTS.max_new_tokens} by default.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     temperature: float = Field(
         DEFAULTS.temperature, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy decoding."
     )
     top_p: float = Field(DEFAULTS.top_p, gt=0, le=1, allow_inf_nan=False)
+    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Answers; number i is sampled with `seed` + i.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63 - MOST_CHOICES)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    n: Literal[1] = 1
-    logprobs: Literal[False] = False
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
     user: str = ""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> "ChatRequest":
-        if self.max_tokens and self.max_completion_tokens:
-            raise ValueError("give max_tokens or max_completion_tokens, not both")
-        return self
+    @property
+    def length(self) -> int:
+        """Tokens of an answer at most."""
+        return self.max_tokens or DEFAULTS.max_new_tokens
+
+    @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are told for each token; None for no log-probabilities."""
+        raise NotImplementedError
 
     def sampling(self) -> SamplingConfig:
         """As the library wants it."""
-        length = self.max_completion_tokens or self.max_tokens or DEFAULTS.max_new_tokens
-        return SamplingConfig(length, self.temperature, self.top_p)
+        return SamplingConfig(self.length, self.temperature, self.top_p)
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings, none if there are none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-@dataclass(frozen=True)
-class ChatResponse:
-    """Writes the responses to one request: all of one id, time and model."""
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
 
-    model: str
-    id: str
-    created: int
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    @classmethod
-    def to(cls, request: ChatRequest) -> "ChatResponse":
-        """A new response."""
-        return cls(request.model, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.max_tokens and self.max_completion_tokens:
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
 
-    def whole(self, answer: Piece) -> dict[str, Any]:
-        """The answer in one."""
-        message = {"role": "assistant", "content": answer.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(answer)}
+    @property
+    def length(self) -> int:
+        """Tokens of an answer at most."""
+        return self.max_completion_tokens or super().length
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        """A piece of a stream."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    def usage_chunk(self, last: Piece) -> dict[str, Any]:
-        """The end of a stream that was asked for its usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(last)}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are told for each token; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def usage(last: Piece) -> dict[str, int]:
-    """Token counts of an answer, from its last piece."""
-    total = last.prompt_tokens + last.completion_tokens
-    return {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens, "total_tokens": total}
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[Text, Field(min_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
+
+    @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are told for each token; None for no log-probabilities."""
+        return self.logprobs

@@ -19,7 +19,7 @@ from d2l import DocToLora, compose
 from d2l.adapter import WEIGHTS_FILE, Adapter
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue, Event
-from d2l.generation import SamplingConfig
+from d2l.generation import SamplingConfig, generate
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.store import AdapterStore
 from serve.app import ServeConfig, run
@@ -154,6 +154,60 @@ def test_a_seed_decides(server: Server):
     assert one == again != other
 
 
+def test_several_answers(server: Server):
+    options = {"model": f"{ALIAS}:manual", "max_tokens": 8, "temperature": 1.2, "seed": 7}
+    messages = [{"role": "user", "content": QUESTION}]
+    whole = server.client.chat.completions.create(messages=messages, n=3, **options)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert texts == [server.ask(f"{ALIAS}:manual", max_tokens=8, temperature=1.2, seed=7 + i) for i in range(3)]
+    streamed = ["", "", ""]
+    *chunks, last = server.client.chat.completions.create(
+        messages=messages, n=3, stream=True, stream_options={"include_usage": True}, **options
+    )
+    for chunk in chunks:
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content
+    assert streamed == texts
+    assert last.usage == whole.usage
+
+
+def test_completions_continue_a_text(server: Server):
+    for name, adapter in ((ALIAS, None), (f"{ALIAS}:harbour", server.adapters["harbour"])):
+        prompt = "The magic number"
+        options = {"model": name, "prompt": prompt, "max_tokens": 12}
+        answer = server.client.completions.create(**options)
+        base = server.library.base
+        ids = generate(base, [base.tokenizer(prompt)["input_ids"]], [adapter], SamplingConfig(12))[0]
+        assert answer.choices[0].text == base.tokenizer.decode(ids, skip_special_tokens=True)
+        assert answer.object == "text_completion"
+        assert answer.usage.prompt_tokens == len(base.tokenizer(prompt)["input_ids"])
+        pieces = list(server.client.completions.create(stream=True, **options))
+        assert "".join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
+
+
+def test_log_probabilities(server: Server):
+    options = {"model": ALIAS, "max_tokens": 6}
+    messages = [{"role": "user", "content": QUESTION}]
+    chat = server.client.chat.completions.create(messages=messages, logprobs=True, top_logprobs=3, **options)
+    tokens = chat.choices[0].logprobs.content
+    assert len(tokens) == chat.usage.completion_tokens
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace") == chat.choices[0].message.content
+    for token in tokens:
+        best = [top.logprob for top in token.top_logprobs]
+        assert best == sorted(best, reverse=True)
+        assert (len(best), token.logprob) == (3, best[0])  # greedy
+    stream = server.client.chat.completions.create(
+        messages=messages, logprobs=True, top_logprobs=3, stream=True, **options
+    )
+    pieces = [piece.choices[0].logprobs for piece in stream]
+    assert [token for piece in pieces if piece for token in piece.content] == tokens
+    assert server.client.chat.completions.create(messages=messages, **options).choices[0].logprobs is None
+    text = server.client.completions.create(prompt="The", logprobs=2, **options).choices[0].logprobs
+    assert len(text.tokens) == len(text.token_logprobs) == len(text.top_logprobs) == len(text.text_offset)
+    assert text.text_offset[:2] == [0, len(text.tokens[0])]
+    assert text.token_logprobs[0] == max(text.top_logprobs[0].values())
+
+
 def test_an_old_version_stays(server: Server):
     first, second = (server.library.internalize(f"The number is {number}.") for number in (11, 222))
     version = server.add("twice", first)
@@ -187,8 +241,9 @@ def test_unknown_models(server: Server, name: str):
     [
         ({"model": f"{ALIAS}:../secrets"}, "not a document id"),
         ({"model": f"{ALIAS}:auto"}, "reserved"),
-        ({"n": 2}, "n: "),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 9}, "n: "),
+        ({"top_logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10_000}, "window of 512 tokens"),
@@ -214,7 +269,7 @@ def test_bad_requests(server: Server, options: dict, message: str, stream: bool)
 
 def test_the_client_raises_bad_requests(server: Server):
     with pytest.raises(openai.BadRequestError, match="n: "):
-        server.ask(ALIAS, n=2)
+        server.ask(ALIAS, n=9)
 
 
 def test_neutral_values_are_accepted(server: Server):

@@ -1,0 +1,243 @@
+"""The catalogue deployment, one replica: the only one in serving that writes the catalogue, and the one that counts.
+
+It tails the table, commits uploads and deletions of all gateways in groups, reads the file of keys again when it
+changes, and tells the gateways of all this through a feed. What a gateway asked it to commit is known to every gateway
+when it answers. Limits are counted here, for counters in each gateway would allow each the whole.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from ray import serve
+
+from d2l.catalogue import Catalogue, Event
+from d2l.errors import UserError
+from serve.errors import ApiError
+from serve.feed import Feed, Update
+from serve.keys import ApiKey, Keys
+from serve.limits import Limiter
+
+POLL_S = 1.0
+"""How long a gateway's question for news waits for some."""
+_TAIL_S = 1.0
+"""Pause between looks at the table and the file of keys; bulk changes are to be seen within 5 s."""
+_MOMENT = timedelta(microseconds=1)
+_MOST_UPLOADS = 10_000
+"""Uploads that are remembered while they run or after they failed."""
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A document on its way to an adapter, or one that did not become one."""
+
+    tenant: str
+    doc_id: str
+    version: str
+    """First 12 hex digits of the text's digest."""
+    gateway: str
+    """Who is at it."""
+    status: Literal["processing", "failed"] = "processing"
+    reason: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a new subscriber has to know beside the table."""
+
+    position: int
+    keys: Keys | None
+    """None where no keys are given out."""
+    uploads: tuple[Upload, ...]
+
+
+@dataclass
+class _Waiting:
+    """An event that is to be committed."""
+
+    event: Event
+    key: ApiKey
+    done: asyncio.Future[tuple[Event, int]]
+    """The event as written, and the feed's position after it."""
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@serve.deployment
+class CatalogueDeployment:
+    """Writes events, and tells the gateways what is new.
+
+    Args:
+        store: root of the store.
+        keys: file of keys; None where none are given out.
+    """
+
+    async def __init__(self, store: str, keys: str | None):
+        self._catalogue = await asyncio.to_thread(Catalogue, store)
+        self._feed = Feed()
+        self._using_table = asyncio.Lock()
+        self._waiting: list[_Waiting] = []
+        self._something_waits = asyncio.Event()
+        self._written = datetime.min.replace(tzinfo=UTC)
+        self._uploads: dict[tuple[str, str], Upload] = {}
+        self._limiters: dict[str, Limiter] = {}
+        self._keys_file = Path(keys) if keys else None
+        self._keys_time = 0.0
+        self._keys: Keys | None = None
+        await self._read_keys()
+        self._tasks = [asyncio.create_task(self._for_ever(step)) for step in (self._write, self._tail, self._forget)]
+
+    async def subscribe(self, gateway: str) -> Start:
+        """Begin to listen; read the table after this, then `poll` from its position."""
+        return Start(self._feed.subscribe(gateway), self._keys, tuple(self._uploads.values()))
+
+    async def poll(self, gateway: str, seen: int) -> Update | None:
+        """News after `seen`: events, uploads, keys. None for who has to subscribe again."""
+        return await self._feed.poll(gateway, seen, POLL_S)
+
+    async def commit(self, event: Event, key: ApiKey) -> Event:
+        """Write an event, dated after all that the document had; every gateway goes by it when this returns.
+
+        Raises:
+            ApiError: there is nothing to delete, or the key's limits leave no room.
+            UserError: the storage fails.
+        """
+        waiting = _Waiting(event, key, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._something_waits.set()
+        written, position = await waiting.done
+        upload = self._uploads.get((event.tenant, event.doc_id))
+        if upload and upload.version == event.version:
+            del self._uploads[event.tenant, event.doc_id]
+        await self._feed.delivered(position)
+        return written
+
+    async def report(self, upload: Upload) -> None:
+        """Tell all gateways of an upload that goes on, or has failed."""
+        self._uploads.pop((upload.tenant, upload.doc_id), None)
+        self._uploads[upload.tenant, upload.doc_id] = upload
+        while len(self._uploads) > _MOST_UPLOADS:
+            del self._uploads[next(iter(self._uploads))]
+        await self._feed.delivered(await self._feed.publish([upload]))
+
+    async def admit(self, key: ApiKey) -> None:
+        """Count a request.
+
+        Raises:
+            ApiError: 429, the key has none left; with the seconds to wait.
+        """
+        wait, what = self._limiter(key).admit()
+        if wait:
+            seconds = math.ceil(min(wait, 60))
+            message = f"This key's {what} per minute are used up. Try again in {seconds} s."
+            raise ApiError(429, message, "rate_limit_exceeded", seconds)
+
+    async def charge(self, key: ApiKey, tokens: int) -> None:
+        """Count the tokens of an answer or of a document."""
+        self._limiter(key).charge(tokens)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("the catalogue is not followed any more")
+
+    def _limiter(self, key: ApiKey) -> Limiter:
+        limiter = self._limiters.get(key.id)
+        if limiter is None or limiter.limits != key.limits:
+            limiter = self._limiters[key.id] = Limiter(key.limits)
+        return limiter
+
+    async def _write(self) -> None:
+        """Commit what has come since the last commit began; a task of its own, for callers may be cancelled."""
+        await self._something_waits.wait()
+        self._something_waits.clear()
+        async with self._using_table:
+            group, self._waiting = self._waiting, []
+            events: list[Event] = []
+            for waiting in group:
+                try:
+                    events.append(self._dated(waiting.event, waiting.key, events))
+                    waiting.event = events[-1]
+                except ApiError as error:
+                    waiting.fail(error)
+            try:
+                position = await self._feed.publish(await asyncio.to_thread(self._catalogue.append, events))
+            except Exception as error:
+                for waiting in group:
+                    waiting.fail(error)
+                raise
+        for waiting in group:
+            if not waiting.done.done():
+                waiting.done.set_result((waiting.event, position))
+
+    def _dated(self, event: Event, key: ApiKey, group: Sequence[Event]) -> Event:
+        current = self._catalogue.resolve(event.tenant, event.doc_id)
+        if event.event == "deleted":
+            if current is None:
+                raise ApiError(404, "There is no such document.", "document_not_found")
+            event = replace(event, version=current.version, adapter_id=current.adapter_id)
+        else:
+            check_room(self._catalogue, key, event.doc_id, event.bytes, group)
+        self._written = max(datetime.now(UTC), self._written + _MOMENT)
+        return replace(event, created_at=max(self._written, current.created_at + _MOMENT if current else self._written))
+
+    async def _tail(self) -> None:
+        await asyncio.sleep(_TAIL_S)
+        await self._read_keys()
+        async with self._using_table:
+            seen = await asyncio.to_thread(self._catalogue.refresh)
+            if seen:
+                await self._feed.publish(seen)
+
+    async def _forget(self) -> None:
+        """Uploads whose gateway has gone will not end by themselves."""
+        await asyncio.sleep(_TAIL_S)
+        for upload in list(self._uploads.values()):
+            if upload.status == "processing" and not self._feed.alive(upload.gateway):
+                reason = "the server was interrupted; upload it again"
+                await self.report(replace(upload, status="failed", reason=reason))
+
+    async def _read_keys(self) -> None:
+        if self._keys_file is None:
+            return
+        modified = self._keys_file.stat().st_mtime
+        if modified == self._keys_time:
+            return
+        self._keys = await asyncio.to_thread(Keys.read, self._keys_file)
+        self._keys_time = modified
+        await self._feed.publish([self._keys])
+
+    async def _for_ever(self, step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            try:
+                await step()
+            except (UserError, OSError) as error:  # storage comes back; until then what is known is served
+                logger.warning("catalogue not followed: %s", error)
+
+
+def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, size: int = 0, arriving: Iterable[Event] = ()) -> None:
+    """Whether the key may add the document, of `size` bytes, to its tenant's and to those that are `arriving`.
+
+    Raises:
+        ApiError: its limits are reached.
+    """
+    limits = key.limits
+    if limits.documents is None and limits.bytes is None:
+        return
+    sizes = {event.doc_id: event.bytes for event in catalogue.current(key.tenant)}
+    sizes |= {event.doc_id: event.bytes for event in arriving if event.tenant == key.tenant}
+    sizes[doc_id] = size
+    if limits.documents is not None and len(sizes) > limits.documents:
+        raise ApiError(403, f"This key allows {limits.documents:,} documents. Delete some.", "quota_exceeded")
+    if limits.bytes is not None and sum(sizes.values()) > limits.bytes:
+        raise ApiError(403, f"This key allows {limits.bytes:,} bytes of adapters. Delete documents.", "quota_exceeded")

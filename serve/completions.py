@@ -1,0 +1,160 @@
+"""Routes that answer: /v1/chat/completions and /v1/completions, whole or as server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, cast
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import Response as HttpResponse
+from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
+
+from serve.backend import Backend
+from serve.batcher import Piece
+from serve.engine import EngineRequest
+from serve.errors import ApiError, as_api_error, error_body
+from serve.keys import ApiKey
+from serve.model_names import ModelName, shown
+from serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from serve.responses import ChatResponse, CompletionResponse, Response, usage
+
+
+def completions_router(backend: Backend) -> APIRouter:
+    """The routes."""
+    router = APIRouter(prefix="/v1", tags=["answers"])
+    caller = Annotated[ApiKey, Depends(backend.caller())]
+    answers = _Answers(backend)
+
+    @router.post("/chat/completions", response_model=None)
+    async def chat(request: ChatRequest, key: caller) -> HttpResponse:
+        """Answer a conversation, whole or as server-sent events."""
+        messages = [message.plain() for message in request.messages]
+        return await answers.answer(request, key, messages, None, ChatResponse)
+
+    @router.post("/completions", response_model=None)
+    async def complete(request: CompletionRequest, key: caller) -> HttpResponse:
+        """Continue a text, whole or as server-sent events."""
+        return await answers.answer(request, key, None, request.prompt, CompletionResponse)
+
+    return router
+
+
+class _Answers:
+    def __init__(self, backend: Backend):
+        self._backend = backend
+
+    async def answer(
+        self,
+        request: GenerationRequest,
+        key: ApiKey,
+        messages: list[dict[str, str]] | None,
+        prompt: str | None,
+        kind: type[Response],
+    ) -> HttpResponse:
+        """The response to a request for messages or a prompt."""
+        asked = EngineRequest(
+            messages,
+            key.tenant,
+            self._adapter_ids(request.model, key.tenant),
+            request.sampling(),
+            request.stops(),
+            request.seed,
+            prompt,
+            request.top,
+        )
+        each = [replace(asked, seed=None if asked.seed is None else asked.seed + i) for i in range(request.n)]
+        response = kind(request.model)
+        if request.stream:
+            return await self._stream(each, key, response, request.stream_options.include_usage)
+        calls = [self._backend.engine.complete.remote(asked) for asked in each]
+        try:
+            answers = await asyncio.gather(*calls)
+        except Exception as error:  # Serve would answer some of these itself, in a format of its own
+            _cancel(calls)
+            raise as_api_error(error) from error
+        self._backend.charge(key, usage(answers)["total_tokens"])
+        return JSONResponse(response.whole(answers))
+
+    async def _stream(
+        self, each: Sequence[EngineRequest], key: ApiKey, response: Response, include_usage: bool
+    ) -> StreamingResponse:
+        engine = self._backend.engine.options(stream=True)
+        streams = [cast(DeploymentResponseGenerator, engine.stream.remote(asked)) for asked in each]
+        try:  # before the status is sent: what is wrong with a request shows here
+            last = await asyncio.gather(*(anext(stream) for stream in streams))
+        except Exception as error:
+            _cancel(streams)
+            raise as_api_error(error) from error
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                for index, piece in enumerate(list(last)):
+                    yield _event(response.chunk(index, piece, first=True))
+                async for index, piece in _merged(streams):
+                    last[index] = piece
+                    yield _event(response.chunk(index, piece, first=False))
+                if include_usage:
+                    yield _event(response.usage_chunk(last))
+                yield "data: [DONE]\n\n"
+            except Exception as error:  # the status is sent already: the error is the stream's last event
+                yield _event(error_body(as_api_error(error)))
+            finally:
+                _cancel(stream for stream, piece in zip(streams, last, strict=True) if not piece.finish_reason)
+                self._backend.charge(key, usage(last)["total_tokens"])
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    def _adapter_ids(self, model: str, tenant: str) -> tuple[str, ...]:
+        name = ModelName.parse(model)
+        if name.alias != self._backend.alias:
+            raise _not_found(model, "/v1/models lists those that do")
+        resolve = self._backend.directory.catalogue.resolve
+        events = [resolve(tenant, wanted.doc_id, wanted.version) for wanted in name.documents]
+        for wanted, event in zip(name.documents, events, strict=True):
+            if event is None:
+                what = f"document {shown(wanted.doc_id)}" + (f" in version {wanted.version}" if wanted.version else "")
+                raise _not_found(model, f"there is no {what}")
+        return tuple(event.adapter_id for event in events if event)
+
+
+async def _merged(streams: Sequence[DeploymentResponseGenerator]) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of several streams as they come, each with its stream's number."""
+    pieces: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: DeploymentResponseGenerator) -> None:
+        try:
+            async for piece in stream:
+                pieces.put_nowait((index, piece))
+            pieces.put_nowait((index, None))
+        except Exception as error:
+            pieces.put_nowait((index, error))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(streams)
+        while running:
+            index, piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                running -= 1
+            else:
+                yield index, piece
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+def _cancel(calls: Iterable[DeploymentResponse | DeploymentResponseGenerator]) -> None:
+    for call in calls:
+        call.cancel()
+
+
+def _not_found(model: str, why: str) -> ApiError:
+    return ApiError(404, f"model {shown(model)} does not exist: {why}", "model_not_found")
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

@@ -1,0 +1,242 @@
+"""Routes of documents: /v1/documents. A text or a file becomes an adapter, and its name a model.
+
+A short document is ready when its upload is answered, and every gateway answers from its new version by then. A long
+one is answered with 202 at once; GET tells when it is ready, or why it is not.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from d2l.catalogue import Event
+from d2l.chunking import check_text
+from d2l.extract import SUFFIXES, TEXT, extract, extractor_of
+from d2l.internalize import Document
+from d2l.store import check_doc_id
+from serve.backend import Backend
+from serve.catalogue_deployment import Upload, check_room
+from serve.errors import ApiError, as_api_error
+from serve.internalizer import Internalization
+from serve.keys import ApiKey
+from serve.model_names import document_model, shown
+from serve.models import MOST_LISTED, After, Limit, page
+from serve.protocol import Strict, Text
+
+LONG_CHARACTERS = 20_000
+"""Longer documents are answered before they are ready."""
+_MOST_CHARACTERS = 4_000_000
+"""Of a document: about a million tokens, the most that hypernetworks take by default."""
+_MULTIPART = "multipart/form-data"
+
+logger = logging.getLogger("ray.serve")
+
+
+class DocumentText(Strict):
+    """JSON body of POST /v1/documents."""
+
+    id: Text = Field(description="Names the document among the tenant's; a later upload of the same id replaces it.")
+    text: Text
+
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": DocumentText.model_json_schema()},
+            _MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": ", ".join(SUFFIXES)},
+                        "id": {"type": "string", "description": "By default the file's name."},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+def documents_router(backend: Backend) -> APIRouter:
+    """The routes."""
+    router = APIRouter(prefix="/v1/documents", tags=["documents"])
+    caller = Annotated[ApiKey, Depends(backend.caller())]
+    catalogue = backend.directory.catalogue
+    uploads = _Uploads(backend)
+
+    @router.post("", status_code=201, response_model=None, openapi_extra=_BODY)
+    async def upload(request: Request, key: caller) -> JSONResponse:
+        """Take a document: 201 when it is ready, 202 when it will be."""
+        given = await _given(request)
+        if len(given.text) > _MOST_CHARACTERS:
+            message = f"The document has {len(given.text):,} characters, more than {_MOST_CHARACTERS:,}. Split it."
+            raise ApiError(413, message, "document_too_long")
+        if len(given.text) > LONG_CHARACTERS:
+            return JSONResponse(await uploads.begin(given, key), 202)
+        return JSONResponse(_ready(backend.alias, await uploads.finish(given, key)), 201)
+
+    @router.get("")
+    async def documents(key: caller, limit: Limit = MOST_LISTED, after: After = "") -> dict[str, Any]:
+        """The documents that can be asked, in the order of ids."""
+        events, more = await page(catalogue, key.tenant, limit, after or None)
+        return {"object": "list", "data": [_ready(backend.alias, event) for event in events], "has_more": more}
+
+    @router.get("/{doc_id:path}")
+    async def document(doc_id: str, key: caller) -> dict[str, Any]:
+        """One document: what can be asked, or how its upload goes."""
+        event = catalogue.resolve(key.tenant, doc_id)
+        if going := backend.directory.upload(key.tenant, doc_id):
+            return _uploading(backend.alias, going, event)
+        if event is None:
+            raise _not_found(doc_id)
+        return _ready(backend.alias, event)
+
+    @router.delete("/{doc_id:path}")
+    async def delete(doc_id: str, key: caller) -> dict[str, Any]:
+        """Forget a document: no gateway answers from it any more."""
+        if catalogue.resolve(key.tenant, doc_id) is None:
+            raise _not_found(doc_id)
+        try:
+            await backend.catalogue.commit.remote(Event(key.tenant, doc_id, "", "deleted"), key)
+        except Exception as error:
+            raise as_api_error(error) from error
+        return {"id": doc_id, "object": "document", "deleted": True}
+
+    return router
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An upload's document."""
+
+    doc_id: str
+    text: str
+    extractor: str
+
+    @property
+    def version(self) -> str:
+        return Document(self.text).digest[:12]
+
+
+async def _given(request: Request) -> _Given:
+    """The document of a request.
+
+    Raises:
+        ApiError: neither JSON nor a file of a kind that is read.
+        UserError: a bad id, or no text in it.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == _MULTIPART:
+        return await _given_file(request)
+    if kind != "application/json":
+        raise ApiError(415, f"Send application/json or {_MULTIPART}, not {shown(kind)}.", "unsupported_media_type")
+    try:
+        body = DocumentText.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    doc_id = check_doc_id(body.id)
+    return _Given(doc_id, check_text(body.text, f"document {shown(doc_id)}"), TEXT)
+
+
+async def _given_file(request: Request) -> _Given:
+    async with request.form(max_files=1, max_fields=1) as form:
+        file, doc_id = form.get("file"), form.get("id")
+        if not isinstance(file, UploadFile) or not isinstance(doc_id, str | None) or set(form) - {"file", "id"}:
+            raise ApiError(400, "Send one `file`, and an `id` if it is not to be the file's name.")
+        name = file.filename or ""
+        if not name.lower().endswith(SUFFIXES):
+            raise ApiError(415, f"file {shown(name)}: expected one of {', '.join(SUFFIXES)}", "unsupported_media_type")
+        doc_id = check_doc_id(doc_id or name)
+        data = await file.read()
+    text = await asyncio.to_thread(extract, data, name)
+    return _Given(doc_id, text, extractor_of(name))
+
+
+class _Uploads:
+    """Documents on their way to adapters."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def finish(self, given: _Given, key: ApiKey) -> Event:
+        """Internalize a document and commit it.
+
+        Raises:
+            ApiError: it cannot be done.
+        """
+        self._check(given, key)
+        backend = self._backend
+        assert backend.internalizer is not None
+        long = len(given.text) > LONG_CHARACTERS
+        try:
+            work = Internalization(key.tenant, given.doc_id, given.text, given.extractor, long)
+            event = await backend.internalizer.internalize.remote(work)
+            backend.charge(key, event.tokens)
+            return await backend.catalogue.commit.remote(event, key)
+        except Exception as error:  # Serve would answer some of these itself, in a format of its own
+            raise as_api_error(error) from error
+
+    async def begin(self, given: _Given, key: ApiKey) -> dict[str, Any]:
+        """Go on with a document while its upload is answered with this."""
+        self._check(given, key)
+        upload = Upload(key.tenant, given.doc_id, given.version, self._backend.directory.name)
+        await self._backend.catalogue.report.remote(upload)
+        task = asyncio.create_task(self._go_on(given, key, upload))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
+        return _uploading(self._backend.alias, upload, current)
+
+    def _check(self, given: _Given, key: ApiKey) -> None:
+        """Whether the document is taken at all."""
+        if self._backend.internalizer is None:
+            message = "This server takes no documents: it has no hypernetwork for its base model."
+            raise ApiError(403, message, "documents_not_taken")
+        check_room(self._backend.directory.catalogue, key, given.doc_id)
+
+    async def _go_on(self, given: _Given, key: ApiKey, upload: Upload) -> None:
+        try:
+            await self.finish(given, key)
+        except ApiError as error:
+            await self._backend.catalogue.report.remote(replace(upload, status="failed", reason=error.message))
+
+
+def _ready(alias: str, event: Event) -> dict[str, Any]:
+    return {
+        "id": event.doc_id,
+        "object": "document",
+        "status": "ready",
+        "version": event.version,
+        "model": document_model(alias, event.doc_id),
+        "created": int(event.created_at.timestamp()),
+        "tokens": event.tokens,
+        "chunks": event.chunks,
+        "rank": event.rank,
+        "bytes": event.bytes,
+        "hypernetwork": event.hypernetwork,
+    }
+
+
+def _uploading(alias: str, upload: Upload, current: Event | None) -> dict[str, Any]:
+    return {
+        "id": upload.doc_id,
+        "object": "document",
+        "status": upload.status,
+        "version": upload.version,
+        "model": document_model(alias, upload.doc_id),
+        "current": current.version if current else None,
+        "reason": upload.reason or None,
+    }
+
+
+def _not_found(doc_id: str) -> ApiError:
+    return ApiError(404, f"document {shown(doc_id)} does not exist", "document_not_found")

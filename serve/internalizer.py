@@ -1,0 +1,118 @@
+"""The internalizer deployment: documents to adapters in the store, by the library's code path.
+
+Short documents of several callers share a batch; a long one has its own, so that no short one waits for it to be
+finished with. One thread touches the model at a time.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray import serve
+
+from d2l.adapter import Adapter
+from d2l.catalogue import Event
+from d2l.errors import UserError
+from d2l.internalize import Document
+from d2l.model import DocToLora
+from d2l.store import AdapterStore, adapter_id
+from serve.errors import ApiError
+
+_BATCH_WAIT_S = 0.02
+
+
+@dataclass(frozen=True)
+class Internalization:
+    """A document that is to become an adapter."""
+
+    tenant: str
+    doc_id: str
+    text: str
+    extractor: str
+    """What made the text, for the adapter's id."""
+    long: bool
+    """Whether it has a batch of its own."""
+
+
+@serve.deployment
+class Internalizer:
+    """Internalizes documents, and stores their adapters.
+
+    Args:
+        store: root of the adapter store.
+        hypernetwork: checkpoint folder.
+        base: name of the base model.
+        device: where both run.
+        dtype: of compute and adapters.
+    """
+
+    def __init__(self, store: str, hypernetwork: str, base: str, device: str, dtype: str):
+        self._model = DocToLora.from_pretrained(hypernetwork, base, device, dtype)
+        self._fingerprint = self._model.hypernetwork.fingerprint()
+        self._store = AdapterStore(store)
+        self._computing = asyncio.Lock()
+
+    async def internalize(self, work: Internalization) -> Event:
+        """The event to commit: the adapter is in the store.
+
+        Raises:
+            ApiError: 413, the document is too long.
+            UserError: it cannot be internalized, or the storage fails.
+        """
+        await asyncio.to_thread(self._check_length, work)
+        target = self._target(work)
+        if await asyncio.to_thread(self._store.exists, work.tenant, target):
+            adapter = await asyncio.to_thread(self._store.get, work.tenant, target)
+        else:
+            found = (await self._alone([work]))[0] if work.long else await self._together(work)
+            if isinstance(found, UserError):
+                raise found
+            adapter = found
+        size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
+        origin = adapter.provenance
+        return Event(
+            work.tenant,
+            work.doc_id,
+            origin.text_digest[:12],
+            "ready",
+            target,
+            tokens=origin.tokens,
+            chunks=origin.chunks,
+            rank=adapter.rank,
+            bytes=size,
+            hypernetwork=origin.hypernetwork,
+            base=origin.base_model,
+        )
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
+    async def _together(self, works: list[Internalization]) -> list[Adapter | UserError]:
+        return await self._alone(works)
+
+    async def _alone(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
+        """Adapters, or why there is none, in order."""
+        async with self._computing:
+            return await asyncio.to_thread(self._compute, works)
+
+    def _compute(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
+        results = dict(self._model.internalizer.stream(Document(work.text, work.doc_id) for work in works))
+        return [results[i] for i in range(len(works))]
+
+    def _check_length(self, work: Internalization) -> None:
+        most = self._model.hypernetwork.config.chunking.max_document_tokens
+        if len(work.text.encode()) <= most:  # a token has a byte at least
+            return
+        tokens = len(self._model.base.tokenizer(work.text, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokens > most:
+            message = f"The document has {tokens:,} tokens; this server takes {most:,} at most. Split it."
+            raise ApiError(413, message, "document_too_long")
+
+    def _target(self, work: Internalization) -> str:
+        model = self._model
+        return adapter_id(
+            Document(work.text).digest,
+            self._fingerprint,
+            model.internalizer.config,
+            model.hypernetwork.config.chunking,
+            work.extractor,
+            str(model.base.dtype).removeprefix("torch."),
+        )
