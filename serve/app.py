@@ -8,6 +8,7 @@ Every queue is bounded. The engines' is the first to fill, so that overload is a
 format, with Retry-After.
 """
 
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import socket
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray import serve
@@ -23,6 +24,7 @@ from ray.serve.config import BackpressureConfig
 
 from d2l.base_model import BUNDLED_MODELS, resolve
 from d2l.catalogue import Catalogue
+from d2l.config import from_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import base_model_of, read_config
 from d2l.model import SHIPPED
@@ -56,7 +58,9 @@ class ServeConfig:
     port: int = 8000
     """Port to listen at."""
     replicas: int = 1
-    """Engines, each with the base model."""
+    """Engines, each with the base model; with max_replicas, the fewest."""
+    max_replicas: int | None = None
+    """Engines at most: their number follows the requests that run and wait; by default it is fixed."""
     gateways: int = 1
     """Processes that speak HTTP for the engines."""
     gpus_per_replica: float = 0
@@ -121,7 +125,7 @@ def build(config: ServeConfig) -> serve.Application:
     base = str(Path(config.base).absolute()) if Path(config.base).is_dir() else config.base
     ongoing = 2 * config.max_batch_size  # one batch runs, the next one is already there
     engine = Engine.options(
-        num_replicas=config.replicas,
+        **_replicas(config),
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         max_ongoing_requests=ongoing,
         max_queued_requests=config.max_queued_requests,
@@ -149,7 +153,7 @@ def build(config: ServeConfig) -> serve.Application:
             max_ongoing_requests=ongoing,
             max_queued_requests=config.max_queued_requests,
         ).bind(store, hypernetwork, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype)
-    capacity = ongoing * config.replicas + config.max_queued_requests
+    capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(
         num_replicas=config.gateways,
         ray_actor_options={"num_cpus": 0},  # it only waits
@@ -157,6 +161,26 @@ def build(config: ServeConfig) -> serve.Application:
         max_queued_requests=capacity,
         backpressure_config=_OVERLOAD,
     ).bind(engine, catalogue, internalizer, store, config.alias)
+
+
+def from_yaml(arguments: dict[str, Any]) -> serve.Application:
+    """The application of a Serve YAML, whose `args` are the fields of `ServeConfig` (see infra/serve.yaml).
+
+    Raises:
+        UserError: an argument is unknown or wrong.
+    """
+    return build(from_dict(ServeConfig, arguments, "args"))
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    scaling = {
+        "min_replicas": config.replicas,
+        "max_replicas": config.max_replicas,
+        "target_ongoing_requests": config.max_batch_size,  # a full batch each
+    }
+    return {"num_replicas": "auto", "autoscaling_config": scaling}
 
 
 def _hypernetwork(config: ServeConfig) -> str | None:
@@ -185,7 +209,8 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():
-            ray.init(os.environ.get("RAY_ADDRESS", "local"))  # not whatever other cluster this machine runs
+            address = os.environ.get("RAY_ADDRESS", "local")  # not whatever other cluster this machine runs
+            ray.init(address, **({"num_cpus": _slots(config)} if address == "local" else {}))
             cleanup.callback(ray.shutdown)
             cleanup.callback(serve.shutdown)
         if blocking:
@@ -201,6 +226,12 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
         with suppress(KeyboardInterrupt):
             while True:
                 signal.pause()
+
+
+def _slots(config: ServeConfig) -> int:
+    """CPUs to declare: a small machine's cores are shared by what would otherwise wait for them for ever."""
+    engines = (config.max_replicas or config.replicas) * config.cpus_per_replica
+    return max(os.cpu_count() or 1, math.ceil(engines + config.internalizers * config.cpus_per_internalizer))
 
 
 def _check_port(config: ServeConfig) -> None:

@@ -1,4 +1,4 @@
-"""Requests' bodies, bounded before they are read."""
+"""Requests' bodies, bounded before they are read; Starlette's own middleware for this answers in plain text."""
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send

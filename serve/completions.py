@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
@@ -149,7 +150,8 @@ async def _merged(streams: Sequence[DeploymentResponseGenerator]) -> AsyncIterat
 
 def _cancel(calls: Iterable[DeploymentResponse | DeploymentResponseGenerator]) -> None:
     for call in calls:
-        call.cancel()
+        with suppress(Exception):  # what a call has failed with already, it raises again
+            call.cancel()
 
 
 def _not_found(model: str, why: str) -> ApiError:

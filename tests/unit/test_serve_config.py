@@ -1,0 +1,36 @@
+"""Options of the endpoint, and the Serve YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from d2l.errors import UserError
+from serve.app import ServeConfig, from_yaml
+
+YAML = Path(__file__).parents[2] / "infra" / "serve.yaml"
+
+
+def test_the_serve_yaml_is_one_and_makes_the_application() -> None:
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(YAML.read_text())).applications
+    module, function = application.import_path.split(":")
+    assert (module, function) == (from_yaml.__module__, from_yaml.__name__)
+    from_yaml(application.args)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alias": "a b"}, "alias"),
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": 3, "max_replicas": 2}, "max_replicas"),
+        ({"cpus_per_internalizer": -1}, "cpus_per_internalizer"),
+        ({"stores": "x"}, "unknown field"),
+    ],
+)
+def test_wrong_options(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_yaml({"store": "store"} | fields)
+    assert ServeConfig("store").url == "http://127.0.0.1:8000/v1"
