@@ -144,6 +144,7 @@ def build(config: ServeConfig) -> serve.Application:
         num_replicas=1,  # more would each allow all of a key's limits
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,  # each gateway always asks for news
+        logging_config={"enable_access_log": False},
     ).bind(store, str(Path(config.keys).absolute()) if config.keys else None)
     internalizer = None
     if hypernetwork := _hypernetwork(config):
