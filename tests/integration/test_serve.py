@@ -12,6 +12,7 @@ import openai
 import pytest
 import requests
 import torch
+from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from ray import serve
 
@@ -102,6 +103,13 @@ def test_answers_are_the_library_s(server: Server):
     assert server.ask(f"{ALIAS}:harbour").strip() == server.expected(server.adapters["harbour"])
     assert server.ask(f"{ALIAS}:my%20notes%2B1.md").strip() == server.expected(server.adapters["my notes+1.md"])
     assert len({server.ask(name) for name in (ALIAS, f"{ALIAS}:harbour", f"{ALIAS}:manual")}) == 3
+
+
+def test_langchain_s_client(server: Server):
+    url = str(server.client.base_url)
+    model = ChatOpenAI(base_url=url, api_key="none", model=f"{ALIAS}:harbour", temperature=0, max_tokens=24)
+    assert model.invoke(QUESTION).content == server.ask(f"{ALIAS}:harbour")
+    assert "".join(chunk.content for chunk in model.stream(QUESTION)) == server.ask(f"{ALIAS}:harbour")
 
 
 def test_documents_compose(server: Server):
