@@ -18,7 +18,7 @@ from ray import serve
 
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
-from serve.errors import ApiError
+from serve.errors import ApiError, storage_error
 from serve.feed import Feed, Update
 from serve.keys import ApiKey, Keys
 from serve.limits import Limiter
@@ -109,8 +109,7 @@ class CatalogueDeployment:
         """Write an event, dated after all that the document had; every gateway goes by it when this returns.
 
         Raises:
-            ApiError: there is nothing to delete, or the key's limits leave no room.
-            UserError: the storage fails.
+            ApiError: there is nothing to delete, the key's limits leave no room, or the storage fails.
         """
         waiting = _Waiting(event, key, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -172,10 +171,10 @@ class CatalogueDeployment:
                     waiting.fail(error)
             try:
                 position = await self._feed.publish(await asyncio.to_thread(self._catalogue.append, events))
-            except Exception as error:
+            except UserError as error:
                 for waiting in group:
-                    waiting.fail(error)
-                raise
+                    waiting.fail(storage_error(error))
+                return
         for waiting in group:
             if not waiting.done.done():
                 waiting.done.set_result((waiting.event, position))

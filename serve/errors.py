@@ -41,6 +41,12 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s or (RETRY_AFTER_S if status in (429, 503) else None)
 
 
+def storage_error(error: UserError) -> ApiError:
+    """What to tell the client where storage fails: not its mistake, and the places are none of its business."""
+    logger.error("storage failed: %s", error)
+    return ApiError(503, "The storage is out of reach. Try again.", "storage_unavailable")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What to tell the client about `error`."""
     error = getattr(error, "cause", error)  # Ray wraps what another process raised

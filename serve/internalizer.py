@@ -16,7 +16,7 @@ from d2l.errors import UserError
 from d2l.internalize import Document
 from d2l.model import DocToLora
 from d2l.store import AdapterStore, adapter_id
-from serve.errors import ApiError
+from serve.errors import ApiError, storage_error
 
 _BATCH_WAIT_S = 0.02
 
@@ -56,19 +56,21 @@ class Internalizer:
         """The event to commit: the adapter is in the store.
 
         Raises:
-            ApiError: 413, the document is too long.
-            UserError: it cannot be internalized, or the storage fails.
+            ApiError: the document is too long (413), or the storage fails (503).
+            UserError: it cannot be internalized.
         """
         await asyncio.to_thread(self._check_length, work)
         target = self._target(work)
-        if await asyncio.to_thread(self._store.exists, work.tenant, target):
-            adapter = await asyncio.to_thread(self._store.get, work.tenant, target)
-        else:
+        adapter = await self._stored(work.tenant, target)
+        if adapter is None:
             found = (await self._alone([work]))[0] if work.long else await self._together(work)
             if isinstance(found, UserError):
                 raise found
             adapter = found
-        size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
+        try:
+            size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
+        except UserError as error:
+            raise storage_error(error) from error
         origin = adapter.provenance
         return Event(
             work.tenant,
@@ -83,6 +85,15 @@ class Internalizer:
             hypernetwork=origin.hypernetwork,
             base=origin.base_model,
         )
+
+    async def _stored(self, tenant: str, target: str) -> Adapter | None:
+        """The adapter, if it is there already."""
+        try:
+            if await asyncio.to_thread(self._store.exists, tenant, target):
+                return await asyncio.to_thread(self._store.get, tenant, target)
+        except UserError as error:
+            raise storage_error(error) from error
+        return None
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
     async def _together(self, works: list[Internalization]) -> list[Adapter | UserError]:
