@@ -48,6 +48,10 @@ class Upload:
     reason: str = ""
     """Why it failed."""
 
+    def is_settled_by(self, event: Event) -> bool:
+        """Whether there is nothing more to say of it once the event has happened to its document."""
+        return self.status == "failed" or self.version == event.version
+
 
 @dataclass(frozen=True)
 class Start:
@@ -115,9 +119,6 @@ class CatalogueDeployment:
         self._waiting.append(waiting)
         self._something_waits.set()
         written, position = await waiting.done
-        upload = self._uploads.get((event.tenant, event.doc_id))
-        if upload and upload.version == event.version:
-            del self._uploads[event.tenant, event.doc_id]
         await self._feed.delivered(position)
         return written
 
@@ -170,7 +171,7 @@ class CatalogueDeployment:
                 except ApiError as error:
                     waiting.fail(error)
             try:
-                position = await self._feed.publish(await asyncio.to_thread(self._catalogue.append, events))
+                position = await self._publish(await asyncio.to_thread(self._catalogue.append, events))
             except UserError as error:
                 for waiting in group:
                     waiting.fail(storage_error(error))
@@ -190,13 +191,18 @@ class CatalogueDeployment:
         self._written = max(datetime.now(UTC), self._written + _MOMENT)
         return replace(event, created_at=max(self._written, current.created_at + _MOMENT if current else self._written))
 
+    async def _publish(self, events: Sequence[Event]) -> int:
+        for event in events:
+            upload = self._uploads.get((event.tenant, event.doc_id))
+            if upload and upload.is_settled_by(event):
+                del self._uploads[event.tenant, event.doc_id]
+        return await self._feed.publish(events)
+
     async def _tail(self) -> None:
         await asyncio.sleep(_TAIL_S)
         await self._read_keys()
         async with self._using_table:
-            seen = await asyncio.to_thread(self._catalogue.refresh)
-            if seen:
-                await self._feed.publish(seen)
+            await self._publish(await asyncio.to_thread(self._catalogue.refresh))
 
     async def _forget(self) -> None:
         """Uploads whose gateway has gone will not end by themselves."""

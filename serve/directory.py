@@ -106,5 +106,5 @@ class Directory:
         else:
             self.catalogue.apply([item])
             upload = self._uploads.get((item.tenant, item.doc_id))
-            if upload and upload.version == item.version:
+            if upload and upload.is_settled_by(item):
                 del self._uploads[item.tenant, item.doc_id]
