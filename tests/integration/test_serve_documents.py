@@ -256,6 +256,11 @@ def test_limits_of_a_key(server: Server) -> None:
     server.upload("one", "The only one, in new words.", "small")
     refused = server.call("POST", "/documents", "small", json={"id": "two", "text": "One too many."})
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota_exceeded")
+    server.call("DELETE", "/documents/one", "small")
+    with ThreadPoolExecutor(4) as threads:
+        bodies = [{"id": f"race-{i}", "text": f"Document {i} in a race."} for i in range(4)]
+        race = list(threads.map(lambda body: server.call("POST", "/documents", "small", json=body).status_code, bodies))
+    assert sorted(race) == [201, 403, 403, 403]
 
 
 @pytest.mark.parametrize(
