@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import ray
 from ray import serve
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from d2l.base_model import BUNDLED_MODELS, resolve
 from d2l.catalogue import Catalogue
@@ -36,6 +36,7 @@ from serve.errors import RETRY_AFTER_S
 from serve.gateway import Gateway
 from serve.internalizer import Internalizer
 from serve.keys import Keys
+from serve.router import AdapterRouter
 
 APP_NAME = "d2l"
 """Name of the Serve application."""
@@ -71,13 +72,15 @@ class ServeConfig:
     """Of the base model; auto is what the device is fast at."""
     max_batch_size: int = 32
     """Requests that an engine decodes together at most."""
+    max_batch_tokens: int = 131_072
+    """Tokens of their prompts and answers at most, whose keys and values are in memory."""
     max_queued_requests: int = 64
     """Requests that wait for an engine at most; more are answered with 429."""
     adapter_cache_bytes: int = 2**30
     """Adapters that each engine keeps in memory, in bytes."""
     adapter_disk_bytes: int = 10 * 2**30
     """Adapters from object storage that a machine keeps on disk, in bytes; 0 for none."""
-    request_timeout_s: float = 300
+    request_timeout_s: float = 120
     """Seconds that an answer may take, waiting included; then it ends with 504."""
     hypernetwork: str | None = None
     """Checkpoint that makes adapters of uploaded documents; by default the shipped one where it fits the base model.
@@ -99,6 +102,7 @@ class ServeConfig:
             "gateways",
             "internalizers",
             "max_batch_size",
+            "max_batch_tokens",
             "max_queued_requests",
             "adapter_cache_bytes",
         ):
@@ -129,6 +133,10 @@ def build(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         max_ongoing_requests=ongoing,
         max_queued_requests=config.max_queued_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class=AdapterRouter,
+            request_router_kwargs={"comfortable": max(1, config.max_batch_size // 2)},
+        ),
         graceful_shutdown_timeout_s=config.request_timeout_s,  # a replica that leaves finishes its answers
     ).bind(
         store=store,
@@ -138,7 +146,7 @@ def build(config: ServeConfig) -> serve.Application:
         cache_bytes=config.adapter_cache_bytes,
         disk_bytes=config.adapter_disk_bytes,
         timeout_s=config.request_timeout_s,
-        batching=BatcherConfig(config.max_batch_size),
+        batching=BatcherConfig(config.max_batch_size, config.max_batch_tokens),
     )
     catalogue = CatalogueDeployment.options(
         num_replicas=1,  # more would each allow all of a key's limits

@@ -1,0 +1,43 @@
+"""Serve's side of `rendezvous`: how handles choose an engine for each request."""
+
+import asyncio
+import json
+import random
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from serve.rendezvous import rank
+
+
+class AdapterRouter(RequestRouter):
+    """Adapter affinity with bounded load."""
+
+    def initialize_state(self, comfortable: int) -> None:
+        """See `rank`."""
+        self._comfortable = comfortable
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Each replica a rank of its own: Serve takes the first that has room.
+
+        Loads are what replicas last said of themselves, and what was sent to them since.
+        """
+        if pending_request:
+            pending_request.routing_context.should_backoff = True  # when all are full; else Serve asks again at once
+        await asyncio.sleep(0)  # requests that were routed just now are sent first, and so are in the loads
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in _shuffled(replicas)}
+        return [[replicas[name]] for name in rank(_key(pending_request), loads, self._comfortable)]
+
+
+def _shuffled(replicas: dict[str, RunningReplica]) -> list[tuple[str, RunningReplica]]:
+    """In no order: among equals the bare base model's requests take any."""
+    return random.sample(list(replicas.items()), len(replicas))
+
+
+def _key(pending_request: PendingRequest | None) -> str | None:
+    """The adapter that the request, an `EngineRequest`, is for."""
+    request = pending_request.args[0] if pending_request and pending_request.args else None
+    adapter_ids = getattr(request, "adapter_ids", ())
+    return json.dumps([request.tenant, *adapter_ids]) if adapter_ids else None
