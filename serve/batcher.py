@@ -22,6 +22,9 @@ from serve.errors import ApiError
 from serve.logprobs import TokenLogprob, token_logprob
 from serve.text_stream import TextStream
 
+_SAMPLED = 1e-5
+"""Lower temperatures are greedy decoding: scores divided by them would overflow."""
+
 
 @dataclass(frozen=True)
 class BatcherConfig:
@@ -158,12 +161,14 @@ class Batcher:
         best = logits_RV.argmax(-1).tolist()
         for i, row in enumerate(rows):
             answer = self._rows[row]
-            if not finite[i]:  # its adapter's numbers are none; nobody else's row is touched by that
-                answer.fail(ApiError(500, "This model's adapter is damaged.", "adapter_unavailable"))
-                continue
-            token = answer.choose(logits_RV[i], best[i])
-            row.new.append(token)
-            answer.accept(token)
+            try:
+                if not finite[i]:
+                    raise ApiError(500, "This model's adapter is damaged.", "adapter_unavailable")
+                token = answer.choose(logits_RV[i], best[i])
+                row.new.append(token)
+                answer.accept(token)
+            except Exception as error:  # one request's misfortune is not its neighbours'
+                answer.fail(error)
 
 
 class _Answer:
@@ -185,7 +190,7 @@ class _Answer:
     def choose(self, logits_V: torch.Tensor, best: int) -> int:
         """The next token, where `best` is the most likely one."""
         sampling = self.job.sampling
-        token = sample(logits_V, sampling, self._generator) if sampling.temperature else best
+        token = sample(logits_V, sampling, self._generator) if sampling.temperature >= _SAMPLED else best
         if self.job.logprobs is not None and token not in self._stop_ids:
             self._logprobs.append(token_logprob(self._tokenizer, logits_V, token, self.job.logprobs))
         return token

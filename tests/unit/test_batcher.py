@@ -85,6 +85,12 @@ def test_a_seed_decides(tiny_llama: BaseModel):
     assert one == again != other
 
 
+def test_the_lowest_temperatures_are_greedy(tiny_llama: BaseModel):
+    job = jobs_for(tiny_llama)[0]
+    sampled = [dataclasses.replace(job, sampling=SamplingConfig(24, t, 0.9)) for t in (0, 1e-300, 1e-40, 1e-9, 1e-4)]
+    assert len(set(map(text, answers(tiny_llama, sampled)))) == 1
+
+
 def test_stop_strings_end_an_answer(tiny_llama: BaseModel):
     job = jobs_for(tiny_llama)[0]
     whole = text(answers(tiny_llama, [job])[0])
