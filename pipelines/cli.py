@@ -117,6 +117,12 @@ COMMANDS = {
     "bench generate": _Command(
         "pipelines.bench.generate:bench_generate", "BenchGenerateConfig", "what adapters cost while decoding"
     ),
+    "bench serve": _Command(
+        "pipelines.bench.serve:bench_serve", "BenchServeConfig", "tokens per second and first token with many adapters"
+    ),
+    "bench route": _Command(
+        "pipelines.bench.route:bench_route", "BenchRouteConfig", "simulated: how requests find replicas of a cluster"
+    ),
     "bench train": _Command(
         "pipelines.bench.train:bench_train", "BenchTrainConfig", "what encoding once saves, and what Ray costs a step"
     ),

@@ -1,0 +1,189 @@
+"""`d2l bench serve`: an engine's throughput with many adapters in one running batch, and its time to the first token.
+
+Everything runs in this process, without Ray or HTTP around it, and all alternatives in turns.
+
+- `rank16`, `rank64`: tokens per second with 64 requests in flight: `base` without adapters; `equal64` with one that all
+  share; `different8`, `different64` with so many different ones; `different1` is the work of `equal64` again, and says
+  what the machine's noise is. `different_to_base` and `different_to_equal` are for `different64`;
+- `peft_ratio`: `different64` at the first rank against PEFT's mixed batch, `generate(adapter_names=...)`;
+- `first_token`: seconds to the first token of an answer about a document of so many tokens: with its adapter, with the
+  document in the prompt, and with the document's keys and values kept from before; `ratio` is in_context / adapter.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache
+
+from d2l import generation
+from d2l.adapter import Adapter, Provenance
+from d2l.base_model import BaseModel, load_base_model
+from d2l.factors import LowRank
+from d2l.generation import SamplingConfig
+from d2l.hypernetwork import Hypernetwork, base_model_of
+from d2l.model import SHIPPED
+from d2l.tasks.needle import NeedleConfig, make_sample
+from pipelines.bench.timing import interleaved
+from serve.batcher import Batcher, BatcherConfig, Job
+
+_FEW = 8
+"""Different adapters of `different8`."""
+
+
+@dataclass(frozen=True)
+class BenchServeConfig:
+    """What to ask, and how often."""
+
+    hypernetwork: Path = SHIPPED
+    """Checkpoint that says base model and target modules; the adapters' numbers are random."""
+    ranks: tuple[int, ...] = (16, 64)
+    """Ranks of the adapters."""
+    requests: int = 64
+    """Requests in flight, all decoded together."""
+    new_tokens: int = 48
+    """Length of each answer."""
+    lengths: tuple[int, ...] = (1_024, 4_096, 8_192)
+    """Tokens of the documents whose answers' first token is timed."""
+    rounds: int = 3
+    """Timings of each alternative; the median counts."""
+
+
+def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
+    """Tokens per second, seconds and ratios."""
+    name = base_model_of(config.hypernetwork)
+    base = load_base_model(name)
+    shapes = Hypernetwork.from_pretrained(config.hypernetwork, base).modules_shapes
+    adapters = {rank: [_random_adapter(base, shapes, rank) for _ in range(config.requests)] for rank in config.ranks}
+    batcher = Batcher(base, BatcherConfig(config.requests, max_batch_tokens=2**20))
+    return {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **_throughput(config, name, batcher, base, adapters),
+        "first_token": {
+            str(length): _first_token(config, batcher, base, adapters[config.ranks[-1]][0], length)
+            for length in config.lengths
+        },
+    }
+
+
+def _throughput(
+    config: BenchServeConfig, name: str, batcher: Batcher, base: BaseModel, adapters: dict[int, list[Adapter]]
+) -> dict[str, Any]:
+    prompts = [
+        base.prompt_ids([{"role": "user", "content": f"Write a long story about harbour number {number}."}])
+        for number in range(config.requests)
+    ]
+    tokens: dict[str, int] = {}
+    everyone = f"different{config.requests}"
+
+    def answer(what: str, chosen: Sequence[Adapter | None]) -> None:
+        sampling = SamplingConfig(config.new_tokens)
+        jobs = [Job(prompt, adapter, sampling) for prompt, adapter in zip(prompts, chosen, strict=True)]
+        tokens[what] = sum(_answer(batcher, jobs))
+
+    runs: dict[str, Callable[[], object]] = {}
+    for rank, own in adapters.items():
+        alternatives: dict[str, list[Adapter | None]] = {
+            "base": [None] * len(own),
+            f"equal{config.requests}": [own[0]] * len(own),
+            "different1": [own[0]] * len(own),
+            f"different{_FEW}": [own[number % _FEW] for number in range(len(own))],
+            everyone: list(own),
+        }
+        runs |= {f"rank{rank} {what}": partial(answer, f"rank{rank} {what}", a) for what, a in alternatives.items()}
+    first = config.ranks[0]
+    with tempfile.TemporaryDirectory() as folder:
+        runs["peft"] = _peft(name, base, prompts, adapters[first], config.new_tokens, Path(folder))
+    seconds = interleaved(runs, config.rounds)
+    speed = {what: tokens.get(what, config.requests * config.new_tokens) / value for what, value in seconds.items()}
+    report: dict[str, Any] = {}
+    for rank in config.ranks:
+        named = {what.split()[1]: value for what, value in speed.items() if what.startswith(f"rank{rank} ")}
+        report[f"rank{rank}"] = named | {
+            "different_to_base": named[everyone] / named["base"],
+            "different_to_equal": named[everyone] / named[f"equal{config.requests}"],
+        }
+    return report | {"peft": speed["peft"], "peft_ratio": speed[f"rank{first} {everyone}"] / speed["peft"]}
+
+
+def _answer(batcher: Batcher, jobs: Sequence[Job]) -> list[int]:
+    """Tokens of each job's answer."""
+
+    async def tokens(job: Job) -> int:
+        return [piece.completion_tokens async for piece in batcher.stream(job)][-1]
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*map(tokens, jobs))
+
+    return asyncio.run(main())
+
+
+def _peft(
+    name: str, base: BaseModel, prompts: list[list[int]], adapters: list[Adapter], new_tokens: int, folder: Path
+) -> Callable[[], object]:
+    """The same prompts and adapters in PEFT, on a base model of its own: it changes the modules."""
+    own = load_base_model(name, base.device, base.dtype)
+    names = [f"a{number}" for number in range(len(adapters))]
+    for number, adapter in zip(names, adapters, strict=True):
+        adapter.save(folder / number)
+    options = {"autocast_adapter_dtype": False}
+    model = PeftModel.from_pretrained(own.model, folder / names[0], names[0], **options)
+    for number in names[1:]:
+        model.load_adapter(folder / number, number, **options)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[base.pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
+    return lambda: model.eval().generate(
+        input_ids=ids,
+        attention_mask=mask,
+        adapter_names=names,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=base.pad_id,
+    )
+
+
+@torch.no_grad()
+def _first_token(
+    config: BenchServeConfig, batcher: Batcher, base: BaseModel, adapter: Adapter, length: int
+) -> dict[str, Any]:
+    sample = make_sample(base.tokenizer, NeedleConfig(length), seed=length)
+    question = base.prompt_ids([{"role": "user", "content": sample.questions[0]}])
+    text = base.tokenizer(sample.document, add_special_tokens=False)["input_ids"]
+    whole = [*text, *question][-length - len(question) :]
+    known = len(whole) - len(question)
+    cache = DynamicCache(config=base.model.config)
+    base.model(torch.tensor([whole[:known]], device=base.device), cache=cache, use_cache=True, logits_to_keep=1)
+    kv_bytes = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+
+    def cached() -> None:
+        generation.generate(base, [whole], [None], SamplingConfig(1), cache=cache)
+        cache.crop(known - cache.get_seq_length())
+
+    seconds = interleaved(
+        {
+            "adapter": lambda: _answer(batcher, [Job(question, adapter, SamplingConfig(1))]),
+            "in_context": lambda: _answer(batcher, [Job(whole, None, SamplingConfig(1))]),
+            "in_context_prefix_cached": cached,
+        },
+        config.rounds,
+    )
+    sizes = {"adapter_bytes": adapter.nbytes, "kv_bytes": kv_bytes}
+    return seconds | {"ratio": seconds["in_context"] / seconds["adapter"]} | sizes
+
+
+def _random_adapter(base: BaseModel, shapes: dict[str, tuple[int, int]], rank: int) -> Adapter:
+    def draw(width: int) -> torch.Tensor:
+        return torch.randn(len(base.layers), rank, width, device=base.device).to(base.dtype) * 1e-3
+
+    factors = {name: LowRank(draw(d_in), draw(d_out)) for name, (d_in, d_out) in shapes.items()}
+    origin = Provenance("0" * 64, 1, 1, "0" * 16, base.name, base.digests)
+    return Adapter(factors, 1, 1.0, {name: base.target_paths(name) for name in factors}, origin)
