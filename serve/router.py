@@ -25,6 +25,9 @@ class AdapterRouter(RequestRouter):
         """
         if pending_request:
             pending_request.routing_context.should_backoff = True  # when all are full; else Serve asks again at once
+            # Serve finds the request again by this id, which all calls made while answering one HTTP request share, and
+            # of which it remembers the first alone: the others would wait for ever.
+            self._pending_requests_by_id[pending_request.metadata.internal_request_id] = pending_request
         await asyncio.sleep(0)  # requests that were routed just now are sent first, and so are in the loads
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in _shuffled(replicas)}

@@ -39,6 +39,17 @@ class Replica:
         return serve.get_replica_context().replica_id.unique_id
 
 
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Caller:
+    """Makes several calls while it answers one, as a gateway does."""
+
+    def __init__(self, replicas: DeploymentHandle):
+        self._replicas = replicas
+
+    async def complete(self, requests: list[EngineRequest]) -> list[str]:
+        return await asyncio.gather(*map(self._replicas.complete.remote, requests))
+
+
 @pytest.fixture(scope="module")
 def replicas(ray_cluster: None) -> Iterator[DeploymentHandle]:
     yield serve.run(Replica.bind(), name="router", route_prefix=None)
@@ -99,6 +110,18 @@ def test_the_bare_model_takes_whoever_is_free(replicas: DeploymentHandle):
     responses = [replicas.complete.remote(asked(None, slow=True)) for _ in range(20)]
     loads = collections.Counter(response.result() for response in responses)
     assert min(loads[replica] for replica in loads) >= 7
+
+
+def test_calls_of_one_request_are_all_routed(ray_cluster: None):
+    handle = serve.run(Caller.bind(Replica.bind()), name="caller", route_prefix=None)
+    try:
+        same = handle.complete.remote([asked("a" * 32)] * 3).result(timeout_s=30)
+        assert len(same) == 3
+        assert len(set(same)) == 1
+        requests = [asked(f"{number:032x}", slow=True) for number in range(20)]
+        assert len(set(handle.complete.remote(requests).result(timeout_s=30))) == 2
+    finally:
+        serve.delete("caller")
 
 
 def test_more_than_all_can_take_waits(replicas: DeploymentHandle):
