@@ -37,13 +37,14 @@ class _Slab:
         self.data = self._zeros(1)
 
     def _zeros(self, rows: int) -> Tensor:
-        # Zeros, and where rows leave again: what is masked must still be a number. (Memory not yet written to is free.)
+        # Zeros, and where rows leave again: what is masked must still be a number. On a CPU what is not written to is free.
         return torch.zeros(self._layers, 2, rows, self._heads, self._capacity, self._width, **self._options)
 
     def add(self) -> "Place":
         if len(self.places) == self.data.shape[2]:
-            grown = self._zeros(2 * len(self.places))
-            grown[:, :, : len(self.places)] = self.data
+            rows, length = len(self.places), max(place.length for place in self.places)
+            grown = self._zeros(2 * rows)
+            grown[:, :, :rows, :, :length] = self.data[..., :length, :]
             self.data = grown
         self.places.append(Place(self, len(self.places)))
         return self.places[-1]
