@@ -33,8 +33,8 @@ class BatcherConfig:
     max_batch_size: int = 32
     """Requests decoded together at most."""
     max_batch_tokens: int = 131_072
-    """Tokens of their prompts and answers at most; a longer request runs alone. There is room for the keys and values of
-    up to four times as many: lengths and numbers of rows are rounded up to powers of two."""
+    """Tokens of their prompts and answers at most; a longer request runs alone. Keys and values take the room of up to
+    four times as many: lengths and numbers of rows are rounded up to powers of two."""
     prefill_tokens: int = 512
     """Tokens of prompts in one step at most: how long one prompt makes all others wait."""
 

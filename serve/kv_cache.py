@@ -37,7 +37,8 @@ class _Slab:
         self.data = self._zeros(1)
 
     def _zeros(self, rows: int) -> Tensor:
-        # Zeros, and where rows leave again: what is masked must still be a number. On a CPU what is not written to is free.
+        # Zeros, and where rows leave again: what is masked must still be a number. What is never written to costs a CPU
+        # nothing.
         return torch.zeros(self._layers, 2, rows, self._heads, self._capacity, self._width, **self._options)
 
     def add(self) -> "Place":
