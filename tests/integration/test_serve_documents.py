@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import requests
 from ray import serve
 
@@ -306,6 +307,25 @@ def test_a_body_of_100_mb_is_refused_as_it_comes(server: Server) -> None:
         assert requests.post(f"{server.url}/documents", data=body(), headers=headers).status_code == 413
     except requests.ConnectionError:  # answered and closed while more was being sent
         assert sent < 100 << 20
+
+
+def test_the_catalogue_deployment_is_killed(server: Server) -> None:
+    """Gateways follow its successor; what is uploaded then is known to all of them."""
+    text = "The number after the accident is 5."
+    (name,) = [
+        actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#CatalogueDeployment#" in actor["name"]
+    ]
+    ray.kill(ray.get_actor(**name))
+    deadline = time.monotonic() + 90
+    while True:
+        assert time.monotonic() < deadline
+        response = server.call("POST", "/documents", json={"id": "harbour", "text": text})
+        if response.status_code == 201:
+            break
+        assert response.status_code == 503, response.text
+        time.sleep(0.5)
+    assert server.answers("tiny:harbour") == {server.expected(server.library.internalize(text))}
+    assert server.call("GET", "/documents/harbour").json()["version"] == response.json()["version"]
 
 
 def pages(server: Server, path: str, limit: int) -> list[dict[str, Any]]:
