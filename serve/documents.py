@@ -189,10 +189,10 @@ class _Uploads:
         """Go on with a document while its upload is answered with this."""
         self._check(given, key)
         upload = Upload(key.tenant, given.doc_id, given.version, self._backend.directory.name)
-        await self._backend.catalogue.report.remote(upload)
+        await self._report(upload)
         task = asyncio.create_task(self._go_on(given, key, upload))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._ended)
         current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
         return _uploading(self._backend.alias, upload, current)
 
@@ -207,7 +207,18 @@ class _Uploads:
         try:
             await self.finish(given, key)
         except ApiError as error:
-            await self._backend.catalogue.report.remote(replace(upload, status="failed", reason=error.message))
+            await self._report(replace(upload, status="failed", reason=error.message))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("the end of an upload could not be told: %s", error)
+
+    async def _report(self, upload: Upload) -> None:
+        try:
+            await self._backend.catalogue.report.remote(upload)
+        except Exception as error:
+            raise as_api_error(error) from error
 
 
 def _ready(alias: str, event: Event) -> dict[str, Any]:

@@ -339,7 +339,8 @@ def pages(server: Server, path: str, limit: int) -> list[dict[str, Any]]:
 
 
 def test_logs_have_no_keys(server: Server) -> None:
-    folder = Path("/tmp/ray/session_latest/logs")
+    folder = Path("/tmp/ray") / ray.get_runtime_context().get_session_name() / "logs"
+    assert folder.is_dir()
     secrets = [key.encode() for key in server.keys.values()]
     for file in folder.rglob("*.log"):
         content = file.read_bytes()
