@@ -1,7 +1,8 @@
 """`d2l serve`: configuration, deployment graph, start and stop.
 
     client -> Serve's HTTP proxy -> Gateway (replicas) -> Engine (replicas)
-                                            |      '----> Internalizer (replicas)
+                                            |      |----> Internalizer (replicas)
+                                            |      '----> Selector
                                     CatalogueDeployment (one)
 
 Every queue is bounded. The engines' is the first to fill, so that overload is answered by the gateway: 429, in OpenAI's
@@ -25,6 +26,7 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from d2l.base_model import BUNDLED_MODELS, resolve
 from d2l.catalogue import Catalogue
 from d2l.config import from_dict
+from d2l.embedding import BUNDLED, EmbeddingModel
 from d2l.errors import UserError
 from d2l.hypernetwork import base_model_of, read_config
 from d2l.model import SHIPPED
@@ -37,6 +39,7 @@ from serve.gateway import Gateway
 from serve.internalizer import Internalizer
 from serve.keys import Keys
 from serve.router import AdapterRouter
+from serve.selector import Selector
 
 APP_NAME = "d2l"
 """Name of the Serve application."""
@@ -91,6 +94,11 @@ class ServeConfig:
     """GPUs of each; a fraction shares one."""
     cpus_per_internalizer: float = 1
     """CPU cores of each, and so its threads."""
+    embedding: str = BUNDLED
+    """Model of the embeddings by which the name `auto` chooses a document, the one that the store was converted with:
+    a bundled name, a folder, s3:// or a hub id; or `none`."""
+    min_similarity: float = 0.35
+    """Cosine of a question and the nearest document below which `auto` is the bare base model."""
     keys: str | None = None
     """File of API keys (`d2l keys add`), read again when it changes; without it everybody is the tenant `default`."""
 
@@ -110,6 +118,8 @@ class ServeConfig:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.request_timeout_s <= 0:
             raise UserError(f"request_timeout_s must be positive, got {self.request_timeout_s}")
+        if not -1 <= self.min_similarity <= 1:
+            raise UserError(f"min_similarity is a cosine, so in [-1, 1], got {self.min_similarity}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise UserError(f"max_replicas {self.max_replicas} must not be less than replicas {self.replicas}")
         resources = ("gpus_per_replica", "gpus_per_internalizer", "cpus_per_replica", "cpus_per_internalizer")
@@ -154,6 +164,7 @@ def build(config: ServeConfig) -> serve.Application:
         max_ongoing_requests=10_000,  # each gateway always asks for news
         logging_config={"enable_access_log": False},
     ).bind(store, str(Path(config.keys).absolute()) if config.keys else None)
+    embedding = _embedding(config)
     internalizer = None
     if hypernetwork := _hypernetwork(config):
         internalizer = Internalizer.options(
@@ -161,7 +172,11 @@ def build(config: ServeConfig) -> serve.Application:
             ray_actor_options={"num_cpus": config.cpus_per_internalizer, "num_gpus": config.gpus_per_internalizer},
             max_ongoing_requests=ongoing,
             max_queued_requests=config.max_queued_requests,
-        ).bind(store, hypernetwork, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype)
+        ).bind(store, hypernetwork, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype, embedding)
+    selector = None
+    if embedding:
+        options = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 2 * config.max_batch_size}
+        selector = Selector.options(**options).bind(store, embedding)
     capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(
         num_replicas=config.gateways,
@@ -169,7 +184,7 @@ def build(config: ServeConfig) -> serve.Application:
         max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
         max_queued_requests=capacity,
         backpressure_config=_OVERLOAD,
-    ).bind(engine, catalogue, internalizer, store, config.alias)
+    ).bind(engine, catalogue, internalizer, selector, store, config.alias, config.min_similarity)
 
 
 def from_yaml(arguments: dict[str, Any]) -> serve.Application:
@@ -199,6 +214,12 @@ def _hypernetwork(config: ServeConfig) -> str | None:
     return str(SHIPPED) if made_for in (config.base, BUNDLED_MODELS.get(config.base)) else None
 
 
+def _embedding(config: ServeConfig) -> str | None:
+    if config.embedding == "none":
+        return None
+    return str(Path(config.embedding).absolute()) if Path(config.embedding).is_dir() else config.embedding
+
+
 def run(config: ServeConfig, blocking: bool = True) -> None:
     """Serve on the connected Ray cluster, or on one of this machine's own.
 
@@ -213,13 +234,15 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     Catalogue(config.store)
     if hypernetwork := _hypernetwork(config):
         read_config(Path(hypernetwork))
+    if embedding := _embedding(config):
+        EmbeddingModel.of(embedding)
     if config.keys:
         Keys.read(config.keys)
     _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS", "local")  # not whatever other cluster this machine runs
-            ray.init(address, **({"num_cpus": _slots(config)} if address == "local" else {}))
+            ray.init(address, num_cpus=_slots(config) if address == "local" else None)
             cleanup.callback(ray.shutdown)
             cleanup.callback(serve.shutdown)
         if blocking:

@@ -24,8 +24,12 @@ class Backend:
     catalogue: DeploymentHandle
     internalizer: DeploymentHandle | None
     """None where documents are not taken."""
+    selector: DeploymentHandle | None
+    """None where documents are not chosen by meaning."""
     alias: str
     """Name that the base model is served under."""
+    min_similarity: float
+    """Below this, `auto` is the bare base model."""
 
     def caller(self) -> Callable[..., Coroutine[Any, Any, ApiKey]]:
         """A dependency: the key of a request, which is counted.

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.responses import Response as HttpResponse
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
+from d2l.catalogue import Event
 from serve.backend import Backend
 from serve.batcher import Piece
 from serve.engine import EngineRequest
@@ -20,6 +21,7 @@ from serve.keys import ApiKey
 from serve.model_names import ModelName, shown
 from serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from serve.responses import ChatResponse, CompletionResponse, Response, usage
+from serve.selector import Choice
 
 
 def completions_router(backend: Backend) -> APIRouter:
@@ -55,10 +57,12 @@ class _Answers:
         kind: type[Response],
     ) -> HttpResponse:
         """The response to a request for messages or a prompt."""
+        name = ModelName.parse(request.model)
+        events, extra = await self._documents(name, request.model, key.tenant, prompt or _question(messages or []))
         asked = EngineRequest(
             messages,
             key.tenant,
-            self._adapter_ids(request.model, key.tenant),
+            tuple(event.adapter_id for event in events),
             request.sampling(),
             request.stops(),
             request.seed,
@@ -66,7 +70,7 @@ class _Answers:
             request.top,
         )
         each = [replace(asked, seed=None if asked.seed is None else asked.seed + i) for i in range(request.n)]
-        response = kind(request.model)
+        response = kind(request.model, extra)
         if request.stream:
             return await self._stream(each, key, response, request.stream_options.include_usage)
         calls = [self._backend.engine.complete.remote(asked) for asked in each]
@@ -107,17 +111,42 @@ class _Answers:
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    def _adapter_ids(self, model: str, tenant: str) -> tuple[str, ...]:
-        name = ModelName.parse(model)
+    async def _documents(
+        self, name: ModelName, model: str, tenant: str, question: str
+    ) -> tuple[Sequence[Event], dict[str, Any]]:
+        """What a model's name stands for, and what the response says of it."""
         if name.alias != self._backend.alias:
             raise _not_found(model, "/v1/models lists those that do")
+        if name.auto:
+            return await self._chosen(model, tenant, question)
         resolve = self._backend.directory.catalogue.resolve
-        events = [resolve(tenant, wanted.doc_id, wanted.version) for wanted in name.documents]
-        for wanted, event in zip(name.documents, events, strict=True):
+        events = []
+        for wanted in name.documents:
+            event = resolve(tenant, wanted.doc_id, wanted.version)
             if event is None:
                 what = f"document {shown(wanted.doc_id)}" + (f" in version {wanted.version}" if wanted.version else "")
                 raise _not_found(model, f"there is no {what}")
-        return tuple(event.adapter_id for event in events if event)
+            events.append(event)
+        return events, {}
+
+    async def _chosen(self, model: str, tenant: str, question: str) -> tuple[Sequence[Event], dict[str, Any]]:
+        """The document that the question is about; none where none is near enough."""
+        backend = self._backend
+        if backend.selector is None:
+            raise _not_found(model, "this server has no embedding model to choose documents by")
+        try:
+            choice: Choice | None = await backend.selector.select.remote(tenant, question)
+        except Exception as error:
+            raise as_api_error(error) from error
+        event = None
+        if choice and choice.similarity >= backend.min_similarity:
+            event = backend.directory.catalogue.resolve(tenant, choice.doc_id, choice.version)
+        said = {
+            "document": event.doc_id if event else None,
+            "version": event.version if event else None,
+            "similarity": round(choice.similarity, 4) if choice else None,
+        }
+        return [event] if event else [], {"d2l": said}
 
 
 async def _merged(streams: Sequence[DeploymentResponseGenerator]) -> AsyncIterator[tuple[int, Piece]]:
@@ -146,6 +175,11 @@ async def _merged(streams: Sequence[DeploymentResponseGenerator]) -> AsyncIterat
     finally:
         for task in pumps:
             task.cancel()
+
+
+def _question(messages: Sequence[dict[str, str]]) -> str:
+    """What is asked: the last thing the user said."""
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 def _cancel(calls: Iterable[DeploymentResponse | DeploymentResponseGenerator]) -> None:

@@ -28,8 +28,10 @@ class Gateway:
         engine: the engine deployment.
         catalogue: the catalogue deployment.
         internalizer: the internalizer deployment; None where documents are not taken.
+        selector: the selector deployment; None where documents are not chosen by meaning.
         store: root of the store, for its catalogue.
         alias: name that the base model is served under.
+        min_similarity: of a question to the document that `auto` chooses.
     """
 
     async def __init__(
@@ -37,11 +39,13 @@ class Gateway:
         engine: DeploymentHandle,
         catalogue: DeploymentHandle,
         internalizer: DeploymentHandle | None,
+        selector: DeploymentHandle | None,
         store: str,
         alias: str,
+        min_similarity: float,
     ):
         directory = await Directory.open(store, catalogue)
-        self._backend = Backend(directory, engine, catalogue, internalizer, alias)
+        self._backend = Backend(directory, engine, catalogue, internalizer, selector, alias, min_similarity)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve."""

@@ -12,6 +12,7 @@ from ray import serve
 
 from d2l.adapter import Adapter
 from d2l.catalogue import Event
+from d2l.embedding import Embedder, EmbeddingModel
 from d2l.errors import UserError
 from d2l.internalize import Document
 from d2l.model import DocToLora
@@ -44,12 +45,14 @@ class Internalizer:
         base: name of the base model.
         device: where both run.
         dtype: of compute and adapters.
+        embedding: name of the embedding model; None for no embeddings.
     """
 
-    def __init__(self, store: str, hypernetwork: str, base: str, device: str, dtype: str):
+    def __init__(self, store: str, hypernetwork: str, base: str, device: str, dtype: str, embedding: str | None):
         self._model = DocToLora.from_pretrained(hypernetwork, base, device, dtype)
         self._fingerprint = self._model.hypernetwork.fingerprint()
         self._store = AdapterStore(store)
+        self._embedder = Embedder(EmbeddingModel.of(embedding), device) if embedding else None
         self._computing = asyncio.Lock()
 
     async def internalize(self, work: Internalization) -> Event:
@@ -71,6 +74,7 @@ class Internalizer:
             size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
         except UserError as error:
             raise storage_error(error) from error
+        vector = await self._vector(work)
         origin = adapter.provenance
         return Event(
             work.tenant,
@@ -84,6 +88,8 @@ class Internalizer:
             bytes=size,
             hypernetwork=origin.hypernetwork,
             base=origin.base_model,
+            embedding=vector,
+            embedding_model=self._embedder.name if self._embedder else "",
         )
 
     async def _stored(self, tenant: str, target: str) -> Adapter | None:
@@ -94,6 +100,12 @@ class Internalizer:
         except UserError as error:
             raise storage_error(error) from error
         return None
+
+    async def _vector(self, work: Internalization) -> list[float] | None:
+        if self._embedder is None:
+            return None
+        async with self._computing:
+            return (await asyncio.to_thread(self._embedder, [work.text]))[0].tolist()
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
     async def _together(self, works: list[Internalization]) -> list[Adapter | UserError]:

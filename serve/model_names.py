@@ -1,7 +1,7 @@
-"""Model names: `alias`, `alias:doc_id`, `alias:doc_id@version`, `alias:doc_a+doc_b`.
+"""Model names: `alias`, `alias:doc_id`, `alias:doc_id@version`, `alias:doc_a+doc_b`, `alias:auto`.
 
 A name splits at its first ':'; document ids are percent-encoded outside [A-Za-z0-9._~-], so that '+', '@' and ':' in
-them never divide a name. `auto` is reserved.
+them never divide a name. `auto` is no document, but the one that fits the question best.
 """
 
 import re
@@ -12,6 +12,8 @@ from d2l.adapter import MAX_COMPOSED
 from d2l.errors import UserError
 
 _DOCUMENT = re.compile(r"(?P<doc_id>(?:[A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+)(?:@(?P<version>[0-9a-f]{12}))?")
+AUTO = "auto"
+"""Instead of documents: whichever fits."""
 _SHOWN = 100
 """Characters of a name that errors repeat."""
 
@@ -34,6 +36,8 @@ class ModelName:
     """Which base model."""
     documents: tuple[DocumentRef, ...] = ()
     """The documents it knows; none for the bare base model."""
+    auto: bool = False
+    """Whether a document is to be chosen by meaning."""
 
     @classmethod
     def parse(cls, name: str) -> "ModelName":
@@ -45,6 +49,8 @@ class ModelName:
         alias, colon, rest = name.partition(":")
         if not colon:
             return cls(alias)
+        if rest == AUTO:
+            return cls(alias, auto=True)
         parts = rest.split("+")
         if len(parts) > MAX_COMPOSED:
             raise UserError(f"model {shown(name)}: at most {MAX_COMPOSED} documents compose, got {len(parts)}")
@@ -72,6 +78,6 @@ def _document(part: str, name: str) -> DocumentRef:
             f"model {shown(name)}: {shown(part)} is not a document id. Percent-encode ids outside [A-Za-z0-9._~-] "
             "(`my notes.md` is `my%20notes.md`), join documents with '+', and give versions as @ and 12 hex digits"
         )
-    if doc_id == "auto":
-        raise UserError(f"model {shown(name)}: the name `auto` is reserved; name a document, as /v1/models lists them")
+    if doc_id == AUTO:
+        raise UserError(f"model {shown(name)}: `{AUTO}` stands alone, without versions and other documents")
     return DocumentRef(doc_id, match["version"])

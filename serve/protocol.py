@@ -68,7 +68,9 @@ class StreamOptions(Strict):
 class GenerationRequest(Strict):
     """What chats and completions have in common."""
 
-    model: Text = Field(description="`alias`, `alias:doc_id`, `alias:doc_id@version` or `alias:doc_a+doc_b`.")
+    model: Text = Field(
+        description="`alias`, `alias:doc_id`, `alias:doc_id@version`, `alias:doc_a+doc_b` or `alias:auto`."
+    )
     max_tokens: int | None = Field(None, ge=1, description=f"{DEFAULTS.max_new_tokens} by default.")
     temperature: float = Field(
         DEFAULTS.temperature, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy decoding."

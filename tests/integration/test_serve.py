@@ -82,7 +82,14 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     config = ServeConfig(
-        str(store), tiny_llama.name, ALIAS, port=port, dtype="float32", max_batch_size=4, max_queued_requests=4
+        str(store),
+        tiny_llama.name,
+        ALIAS,
+        port=port,
+        dtype="float32",
+        max_batch_size=4,
+        max_queued_requests=4,
+        embedding="none",
     )
     client = OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120)
     running = Server(client, library, store, {})
@@ -236,7 +243,8 @@ def test_a_document_converted_while_serving_appears_within_5_s(server: Server):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt-4", "", f"{ALIAS}:nobody", f"{ALIAS}:harbour@0123456789ab", f"{ALIAS}:harbour+nobody"]
+    "name",
+    ["gpt-4", "", f"{ALIAS}:auto", f"{ALIAS}:nobody", f"{ALIAS}:harbour@0123456789ab", f"{ALIAS}:harbour+nobody"],
 )
 def test_unknown_models(server: Server, name: str):
     with pytest.raises(openai.NotFoundError, match="does not exist") as error:
@@ -248,7 +256,7 @@ def test_unknown_models(server: Server, name: str):
     ("options", "message"),
     [
         ({"model": f"{ALIAS}:../secrets"}, "not a document id"),
-        ({"model": f"{ALIAS}:auto"}, "reserved"),
+        ({"model": f"{ALIAS}:auto+harbour"}, "stands alone"),
         ({"n": 9}, "n: "),
         ({"top_logprobs": 3}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

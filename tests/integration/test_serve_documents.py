@@ -97,6 +97,7 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
         dtype="float32",
         gateways=GATEWAYS,
         hypernetwork=str(folder / "hypernetwork"),
+        embedding="none",
         keys=str(keys_file),
     )
     run(config, blocking=False)

@@ -61,9 +61,11 @@ def test_too_many_documents():
         ModelName.parse("base:" + "+".join("abcdefghi"))
 
 
-def test_auto_is_reserved():
-    with pytest.raises(UserError, match="reserved"):
-        ModelName.parse("base:auto")
+def test_auto_stands_alone():
+    assert ModelName.parse("base:auto") == ModelName("base", auto=True)
+    for name in ("base:auto+a", "base:a+auto", f"base:auto@{VERSION}", "base:%61uto"):
+        with pytest.raises(UserError, match="stands alone"):
+            ModelName.parse(name)
 
 
 def test_long_names_are_not_repeated():

@@ -27,6 +27,7 @@ def test_the_serve_yaml_is_one_and_makes_the_application() -> None:
         ({"replicas": 0}, "replicas"),
         ({"replicas": 3, "max_replicas": 2}, "max_replicas"),
         ({"cpus_per_internalizer": -1}, "cpus_per_internalizer"),
+        ({"min_similarity": 35}, "min_similarity"),
         ({"stores": "x"}, "unknown field"),
     ],
 )
