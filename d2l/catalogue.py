@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.fs
 from deltalake import ColumnProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
@@ -114,6 +115,13 @@ class _Document:
 
     def current(self) -> Event | None:
         return max(self.ready.values(), key=lambda e: e.order, default=None)
+
+
+class _ExactReads(pyarrow.fs.FSSpecHandler):
+    """Reads what it is asked for: a reader that reads ahead, as fsspec's do, would fetch all embeddings, too."""
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
 
 
 class Catalogue:
@@ -295,7 +303,8 @@ class Catalogue:
         self, files: list[str], columns: list[str], wanted: pads.Expression | None = None
     ) -> Iterator[pa.RecordBatch]:
         paths = [self.storage.path(f"{_NAME}/{file}") for file in files]
-        dataset = pads.dataset(paths, SCHEMA, format="parquet", filesystem=self.storage.arrow_filesystem)
+        filesystem = pyarrow.fs.PyFileSystem(_ExactReads(self.storage.filesystem))
+        dataset = pads.dataset(paths, SCHEMA, format="parquet", filesystem=filesystem)
         yield from dataset.to_batches(columns=columns, filter=wanted, batch_size=1024)
 
     def _apply(self, event: Event) -> None:

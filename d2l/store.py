@@ -58,6 +58,28 @@ class AdapterStore:
                 raise UserError(f"{where}: removed while it was being finished; convert the document again")
         return sum(map(len, files.values()))
 
+    def claim(self, tenant: str, adapter_id: str) -> "Stored | None":
+        """What is known of an adapter if it is there; a vacuum knows for its grace period that it is wanted.
+
+        Raises:
+            UserError: the storage fails, or the adapter is damaged.
+        """
+        folder = _folder(tenant, adapter_id)
+        try:
+            mark = self.storage.read(f"{folder}/{COMMIT_MARK}")
+            if not self._claim(tenant, adapter_id):
+                return None
+            provenance = self.storage.read(f"{folder}/{PROVENANCE_FILE}")
+        except FileNotFoundError:
+            return None
+        size = sum(file.bytes for file in self.storage.files(folder) if file.name != _CLAIM)
+        try:
+            origin, config = json.loads(provenance)["provenance"], json.loads(mark)
+            return Stored(origin["tokens"], origin["chunks"], config["r"], size, config["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError) as error:
+            where = self.location(tenant, adapter_id)
+            raise UserError(f"{where}: damaged adapter ({error!r}); remove its folder and convert again") from error
+
     def _claim(self, tenant: str, adapter_id: str) -> bool:
         """Say that an adapter is wanted; whether it is there still, for a vacuum may have been faster."""
         self._replace(f"{_folder(tenant, adapter_id)}/{_CLAIM}", datetime.now(UTC).isoformat().encode())
@@ -148,6 +170,17 @@ class AdapterStore:
     def location(self, tenant: str, adapter_id: str) -> str:
         """The adapter's folder: a path, or a URL where the root is one."""
         return self.storage.url(_folder(tenant, adapter_id))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is known of an adapter without reading its weights; an `Event` has the same fields."""
+
+    tokens: int
+    chunks: int
+    rank: int
+    bytes: int
+    base: str
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,39 @@ def tiny_base(request: pytest.FixtureRequest) -> BaseModel:
     return request.getfixturevalue(request.param)
 
 
+class S3Server:
+    """An S3 server in a thread, running; what it holds outlives its stops."""
+
+    def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._port = 0
+        self.start()
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+        self._port = self._server.get_host_and_port()[1]
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+def moto() -> Iterator[S3Server]:
+    """An S3 server that a test may stop, if it starts it again."""
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(moto: S3Server) -> Iterator[str]:
     """An S3 server in a thread, and the environment that leads to it; Ray has to be started after it."""
     from moto.s3.responses import S3Response
-    from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
     put, one_at_a_time = S3Response.put_object, threading.Lock()
 
     def atomic_put(self: S3Response) -> object:
@@ -133,12 +156,11 @@ def s3_server() -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setattr(S3Response, "put_object", atomic_put)
-        environment.setenv("AWS_ENDPOINT_URL", endpoint)
+        environment.setenv("AWS_ENDPOINT_URL", moto.endpoint)
         environment.setenv("AWS_ACCESS_KEY_ID", "test")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield endpoint
-    server.stop()
+        yield moto.endpoint
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: Ceph's gateway on one monitor and one storage daemon that keeps all in memory.
+"""A real S3 server for tests: Ceph's gateway on one monitor and one storage daemon.
 
 Unlike moto it checks signatures, and does in parallel what it is asked in parallel. It runs in a folder of its own, as
 whoever starts it, on free ports of 127.0.0.1. `python -m tests.radosgw` runs one until interrupted.
@@ -40,8 +40,9 @@ mon allow pool size one = true
 osd pool default size = 1
 osd pool default pg num = 1
 osd pool default pg autoscale mode = off
-osd objectstore = memstore
+osd objectstore = {kind}
 memstore device bytes = 1073741824
+bluestore block size = 274877906944
 rgw frontends = beast endpoint=127.0.0.1:{port}
 mon data = {folder}/mon
 osd data = {folder}/osd
@@ -61,8 +62,11 @@ def missing() -> str:
 
 
 @contextmanager
-def running() -> Iterator[dict[str, str]]:
+def running(on_disk: bool = False) -> Iterator[dict[str, str]]:
     """Start a server with one user; stop it and forget what it holds at the end.
+
+    Args:
+        on_disk: keep objects in a file of the folder for temporary ones, up to 256 GB; else in memory, up to 1 GB.
 
     Gives:
         The environment variables that lead to it.
@@ -76,7 +80,11 @@ def running() -> Iterator[dict[str, str]]:
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
         access, secret = secrets.token_hex(8), secrets.token_hex(16)
         (folder / "osd").mkdir()
-        (folder / "ceph.conf").write_text(_CONFIG.format(fsid=fsid, mon_port=mon_port, port=port, folder=folder))
+        (folder / "ceph.conf").write_text(
+            _CONFIG.format(
+                fsid=fsid, mon_port=mon_port, port=port, folder=folder, kind="bluestore" if on_disk else "memstore"
+            )
+        )
         try:
             monmap = str(folder / "monmap")
             _run(folder, "monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon_port}]", monmap)

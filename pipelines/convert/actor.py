@@ -2,7 +2,8 @@
 
 Actors internalize a batch of documents at a time, chunks of many documents sharing encoder batches, and upload adapters
 themselves, weights first and the commit mark last. What the catalogue has, with its mark in the store, is skipped; or
-only embedded, where its event has no embedding of the model that is wanted.
+only embedded, where its event has no embedding of the model that is wanted. What only the store has needs no more than
+its event.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -234,14 +236,21 @@ class Converter:
         return _Work(document, target, {"doc_id": row["doc_id"], "adapter_id": target, **facts})
 
     def _convert(self, works: list["_Work"], pool: ThreadPoolExecutor) -> Iterator[Row]:
-        wanted = []
-        for work, found in zip(works, pool.map(self._look, works), strict=True):
-            if found:
-                yield self._result(work.facts, found)
-            else:
-                wanted.append(work)
+        wanted: list[_Work] = []
+        found: list[Row] = []
+
+        def missing() -> Iterator[Document]:  # looked for while others are internalized
+            for work, row in zip(works, pool.map(self._look, works), strict=True):
+                if row is None:
+                    wanted.append(work)
+                    yield work.document
+                else:
+                    found.append(row)
+
+        documents = missing()
+        first = list(islice(documents, 1))  # no model is loaded for none
         uploads: deque[Future[Row]] = deque()
-        for index, adapter in self.internalizer.stream(work.document for work in wanted) if wanted else ():
+        for index, adapter in self.internalizer.stream(chain(first, documents)) if first else ():
             if isinstance(adapter, UserError):
                 yield self._failed(wanted[index].facts, "internalize", str(adapter))
                 continue
@@ -249,6 +258,7 @@ class Converter:
             while len(uploads) > 2 * UPLOADS:  # every waiting adapter is megabytes
                 yield uploads.popleft().result()
         yield from (upload.result() for upload in uploads)
+        yield from found
 
     def _embed(self, works: list["_Work"], results: list[Row]) -> list[Row]:
         """The same results with embeddings where they are new."""
@@ -265,14 +275,23 @@ class Converter:
             for row in results
         ]
 
-    def _look(self, work: "_Work") -> str:
-        """What is the case if a document need not be internalized: `SKIPPED` or `EMBEDDED`; else nothing."""
-        for embedded, event in ((True, SKIPPED), (False, EMBEDDED)):
-            key = _key(work.document.name, work.adapter_id, embedded)
-            place = np.searchsorted(self.known, key)
-            if place < len(self.known) and self.known[place] == key:
-                return event if self.store.exists(self.config.tenant, work.adapter_id) else ""
-        return ""
+    def _look(self, work: "_Work") -> Row | None:
+        """The result of a document whose adapter is in the store already, or that the store fails."""
+        tenant = self.config.tenant
+        try:
+            for embedded, event in ((True, SKIPPED), (False, EMBEDDED)):
+                if self._is_known(work, embedded):
+                    return self._result(work.facts, event) if self.store.exists(tenant, work.adapter_id) else None
+            # No event, but an adapter: a job was killed before its commit, or another document has the same text.
+            stored = self.store.claim(tenant, work.adapter_id)
+        except UserError as error:
+            return self._failed(work.facts, "upload", str(error))
+        return self._result(work.facts | dataclasses.asdict(stored), "ready") if stored else None
+
+    def _is_known(self, work: "_Work", embedded: bool) -> bool:
+        key = _key(work.document.name, work.adapter_id, embedded)
+        place = np.searchsorted(self.known, key)
+        return place < len(self.known) and bool(self.known[place] == key)
 
     def _upload(self, work: "_Work", adapter: Adapter) -> Row:
         try:

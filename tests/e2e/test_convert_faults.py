@@ -1,4 +1,4 @@
-"""A conversion that is killed again and again, its driver or an actor, ends where an undisturbed one does."""
+"""A conversion that is killed, cut off, out of space or not alone ends, run again, where an undisturbed one does."""
 
 import os
 import random
@@ -16,8 +16,9 @@ import torch
 from d2l.adapter import COMMIT_MARK
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue
+from d2l.storage import Storage
 from d2l.store import AdapterStore
-from tests.conftest import tiny_hypernetwork
+from tests.conftest import S3Server, tiny_hypernetwork
 from tests.e2e.test_demo import d2l
 
 pytestmark = pytest.mark.slow
@@ -56,20 +57,32 @@ def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return str(folder / "store")
 
 
-def started(arguments: list[str], folder: Path) -> subprocess.Popen:
-    """The command in a session of its own, seen to work: it has put adapters that it had not before."""
-    before = len(marks(folder))
-    with (folder / "killed.log").open("a") as log:
-        command = [sys.executable, "-m", "pipelines.cli", *arguments]
-        process = subprocess.Popen(command, cwd=folder, start_new_session=True, stdout=log, stderr=log)
-    while len(marks(folder)) == before:
-        assert process.poll() is None, (folder / "killed.log").read_text()[-3000:]
+def start(arguments: list[str], folder: Path, root: str) -> subprocess.Popen:
+    """The command in a session of its own."""
+    with (folder / "disturbed.log").open("a") as log:
+        command = [sys.executable, "-m", "pipelines.cli", *arguments, "--store", root]
+        return subprocess.Popen(command, cwd=folder, start_new_session=True, stdout=log, stderr=log)
+
+
+def started(arguments: list[str], folder: Path, root: str) -> subprocess.Popen:
+    """The same, seen to work: it has put adapters that it had not before."""
+    before = marks(root)
+    process = start(arguments, folder, root)
+    while marks(root) == before:
+        assert process.poll() is None, said(folder)
         time.sleep(0.02)
     return process
 
 
-def marks(folder: Path) -> list[Path]:
-    return list(folder.glob(f"store/adapters/*/*/{COMMIT_MARK}"))
+def said(folder: Path) -> str:
+    """The end of what disturbed commands printed."""
+    return (folder / "disturbed.log").read_text()[-3000:]
+
+
+def marks(root: str) -> int:
+    """How many adapters a store has."""
+    storage = Storage(root)
+    return len(storage.filesystem.glob(storage.path(f"adapters/*/*/{COMMIT_MARK}")))
 
 
 def actors(session: int) -> Iterator[int]:
@@ -81,39 +94,96 @@ def actors(session: int) -> Iterator[int]:
                 yield pid
 
 
-def assert_same(store: str, undisturbed: str) -> None:
-    """Both have the same adapters for the same documents, all of them whole, and no document twice."""
-    found, expected = ({e.doc_id: e.adapter_id for e in Catalogue(root).current()} for root in (store, undisturbed))
+def assert_same(root: str, undisturbed: str) -> None:
+    """Both have the same adapters for the same documents, no document twice, no mark without an adapter behind it."""
+    found, expected = ({e.doc_id: e.adapter_id for e in Catalogue(store).current()} for store in (root, undisturbed))
     assert found == expected
+    assert marks(root) == len(set(expected.values()))
     for adapter_id in found.values():
-        pair = [AdapterStore(root).get("default", adapter_id) for root in (store, undisturbed)]
+        pair = [AdapterStore(store).get("default", adapter_id) for store in (root, undisturbed)]
         updates = [b.mT @ a for a, b in (adapter.factors["down_proj"] for adapter in pair)]
         torch.testing.assert_close(*updates, rtol=1e-4, atol=1e-5)
 
 
 def test_driver_killed_at_random_moments(options: list[str], undisturbed: str, tmp_path: Path) -> None:
-    arguments = [*options, "--store", "store"]
-    moments = random.Random(5)
+    moments, root = random.Random(5), str(tmp_path / "store")
     for _ in range(3):
-        process = started(arguments, tmp_path)
+        process = started(options, tmp_path, root)
         time.sleep(moments.uniform(0, 0.6))
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert 0 < len(marks(tmp_path)) < _DOCUMENTS
-        catalogue, store = Catalogue(tmp_path / "store"), AdapterStore(tmp_path / "store")
+        assert 0 < marks(root) < _DOCUMENTS
+        catalogue, store = Catalogue(root), AdapterStore(root)
         for event in catalogue.current():
             store.get("default", event.adapter_id)  # nothing is current without its adapter
-    report = d2l(*arguments, cwd=tmp_path, exit_code=3)
+    report = d2l(*options, "--store", root, cwd=tmp_path, exit_code=3)
     assert report["converted"] + report["skipped"] == _DOCUMENTS
-    assert_same(str(tmp_path / "store"), undisturbed)
+    assert_same(root, undisturbed)
 
 
 def test_an_actor_killed(options: list[str], undisturbed: str, tmp_path: Path) -> None:
-    process = started([*options, "--store", "store"], tmp_path)
+    root = str(tmp_path / "store")
+    process = started(options, tmp_path, root)
     killed = list(actors(process.pid))
     assert killed, "no actor found"
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(300) == 3, (tmp_path / "killed.log").read_text()[-3000:]
-    assert_same(str(tmp_path / "store"), undisturbed)
+    assert process.wait(300) == 3, said(tmp_path)
+    assert_same(root, undisturbed)
+
+
+def test_s3_server_away_for_longer_than_requests_are_tried_again(
+    moto: S3Server, s3_bucket: str, options: list[str], undisturbed: str, tmp_path: Path
+) -> None:
+    """The documents of that time fail, or the job does and says why; neither is the end of it."""
+    process = started(options, tmp_path, s3_bucket)
+    moto.stop()
+    time.sleep(20)
+    moto.start()
+    assert process.wait(300) in (1, 3), said(tmp_path)
+    log = said(tmp_path)
+    assert "Traceback" not in log
+    report = d2l(*options, "--store", s3_bucket, cwd=tmp_path, exit_code=3)
+    assert report["converted"] + report["skipped"] == _DOCUMENTS
+    assert_same(s3_bucket, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_disk_full(options: list[str], undisturbed: str, small_disk: Path, tmp_path: Path) -> None:
+    root = str(small_disk / "store")
+    process = started(options, tmp_path, root)
+    assert process.wait(300) in (1, 3), said(tmp_path)
+    assert "No space left" in said(tmp_path)
+    for mark in small_disk.glob(f"store/adapters/*/*/{COMMIT_MARK}"):
+        AdapterStore(root).get("default", mark.parent.name)
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    report = d2l(*options, "--store", root, cwd=tmp_path, exit_code=3)
+    assert report["converted"] + report["skipped"] == _DOCUMENTS
+    assert_same(root, undisturbed)
+
+
+def test_two_jobs_at_once_with_documents_in_common(options: list[str], undisturbed: str, tmp_path: Path) -> None:
+    """Half of the documents are each job's own; both jobs finish, and no work is lost or current twice."""
+    [command, docs, *rest] = options
+    names = sorted(path.name for path in Path(docs).iterdir())
+    halves = [names[: _DOCUMENTS * 3 // 4], names[_DOCUMENTS // 4 :]]
+    for number, half in enumerate(halves):
+        (tmp_path / f"docs{number}").mkdir()
+        for name in half:
+            os.link(f"{docs}/{name}", tmp_path / f"docs{number}/{name}")
+    root = str(tmp_path / "store")
+    jobs = [start([command, f"docs{number}", *rest], tmp_path, root) for number in range(2)]
+    assert {job.wait(300) for job in jobs} <= {0, 3}, said(tmp_path)
+    assert_same(root, undisturbed)

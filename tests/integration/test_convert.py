@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from pipelines.convert.job import ConvertConfig
 from pipelines.convert.job import run as run_job
 from pipelines.sources import SourceConfig, list_documents, read_part
 from pipelines.tracking import TrackingConfig
+from tests.conftest import S3Server
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -186,6 +189,24 @@ def test_actor(hypernetwork: Path, tmp_path: Path) -> None:
     assert (failed["event"], failed["stage"], failed["adapter_id"]) == ("failed", "upload", "")
 
 
+def test_adapters_without_events_are_not_made_again(hypernetwork: Path, tmp_path: Path) -> None:
+    """A job was killed between its uploads and its commit: the next one needs no model for them."""
+    config = ConversionConfig(
+        store=str(tmp_path), hypernetwork=str(hypernetwork), dtype="float32", embedding="none", base="./nowhere"
+    )
+    batch = pa.Table.from_pylist([{"doc_id": name, "text": text} for name, text in TEXTS.items()])
+
+    def results(config: ConversionConfig) -> list[dict[str, Any]]:
+        known = ray.put(np.array([], dtype="S24"))
+        rows = Converter(config, Checkpoint.of(str(hypernetwork)), known)(batch).to_pylist()
+        return sorted(rows, key=lambda row: row["doc_id"])
+
+    assert [row["event"] for row in results(config)] == ["abort"]
+    first = results(dataclasses.replace(config, base=None))
+    assert {row["event"] for row in first} == {"ready"}
+    assert results(config) == first
+
+
 def test_stages_in_a_pipeline_of_ones_own(hypernetwork: Path, tmp_path: Path) -> None:
     """`convert` takes rows from anywhere, and commits nothing; `commit` does."""
     store = str(tmp_path / "store")
@@ -297,6 +318,32 @@ def test_an_s3_server_that_fails_now_and_then_fails_no_document(
     docs = write(tmp_path / "docs", {f"{number}.txt": f"Document {number}." for number in range(12)})
     assert summary(run([docs], f"{s3_bucket}/store", hypernetwork)) == (12, 12, 0, 0)
     assert len(refused) > 6
+    adapters = AdapterStore(f"{s3_bucket}/store")
+    for adapter_id in current(f"{s3_bucket}/store").values():
+        adapters.get("default", adapter_id)
+
+
+def test_an_s3_server_that_is_away_for_seconds_fails_no_document(
+    moto: S3Server, s3_bucket: str, hypernetwork: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, calls = S3Response.put_object, itertools.count()
+
+    def away() -> None:
+        moto.stop()
+        time.sleep(2)
+        moto.start()
+
+    restart = Thread(target=away)
+
+    def counted(self: S3Response) -> Any:
+        if next(calls) == 20:
+            restart.start()
+        return put(self)
+
+    monkeypatch.setattr(S3Response, "put_object", counted)
+    docs = write(tmp_path / "docs", {f"{number}.txt": f"Document {number}." for number in range(24)})
+    assert summary(run([docs], f"{s3_bucket}/store", hypernetwork, batch_documents=4)) == (24, 24, 0, 0)
+    restart.join()
     adapters = AdapterStore(f"{s3_bucket}/store")
     for adapter_id in current(f"{s3_bucket}/store").values():
         adapters.get("default", adapter_id)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.storage import Storage
 from d2l.store import AdapterStore
+from d2l.vacuum import vacuum
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.tracking import TrackingConfig
 from pipelines.training.checkpoints import fetched
@@ -195,3 +197,51 @@ def test_documents_in_object_storage_become_adapters_there(bucket: str, tiny_lla
         found, expected = store.get("default", event.adapter_id), library.internalize(text)
         for pair, wanted in zip(found.factors["down_proj"], expected.factors["down_proj"], strict=True):
             torch.testing.assert_close(pair, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_vacuum_beside_a_job_and_a_reader(bucket: str, tiny_llama: BaseModel, tmp_path: Path) -> None:
+    """It takes what nobody refers to, and nothing of what is being converted, comes back, or is read."""
+    options = ["--embedding", "none", "--dtype", "float32", "--batch-documents", "4", "--commit-seconds", "1"]
+    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
+    command = ["convert", "docs", "--store", bucket, "--hypernetwork", "hypernetwork", *options]
+    docs = tmp_path / "docs"
+    docs.mkdir()
+
+    def write(*numbers: int) -> None:
+        for number in numbers:
+            text = f"The magic number of harbour {number} is {1000 + number}. Remember it. " * 30
+            (docs / f"{number}.txt").write_text(text)
+
+    write(*range(20))
+    d2l(*command, cwd=tmp_path)
+    catalogue, store = Catalogue(bucket), AdapterStore(bucket)
+    first = {event.doc_id: event for event in catalogue.current()}
+    gone = [first[f"{number}.txt"] for number in range(10)]
+    catalogue.append([Event(e.tenant, e.doc_id, e.version, "deleted", e.adapter_id) for e in gone])
+    garbage = [f"{number:032x}" for number in range(10)]
+    for name in garbage:
+        store.put("default", name, random_adapter(tiny_llama))
+    write(*range(20, 80))
+    with (tmp_path / "job.log").open("w") as log:
+        job = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], cwd=tmp_path, stdout=log, stderr=log)
+    removed = rounds = 0
+    try:
+        while job.poll() is None:
+            removed += vacuum(bucket, timedelta(seconds=15)).removed  # fifteen times what a commit waits for
+            catalogue.refresh()
+            for event in catalogue.current():
+                store.get(event.tenant, event.adapter_id)
+            rounds += 1
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode == 0, (tmp_path / "job.log").read_text()[-3000:]
+    assert rounds > 1
+    assert removed >= len(garbage)
+    assert not any(store.exists("default", name) for name in garbage)
+    catalogue.refresh()
+    current = {event.doc_id: event.adapter_id for event in catalogue.current()}
+    assert set(current) == {f"{number}.txt" for number in range(80)}
+    assert {doc_id: current[doc_id] for doc_id in first} == {e.doc_id: e.adapter_id for e in first.values()}
+    for adapter_id in current.values():
+        store.get("default", adapter_id)

@@ -17,7 +17,7 @@ from d2l.errors import UserError
 from d2l.factors import LowRank
 from d2l.internalize import InternalizeConfig
 from d2l.storage import Storage
-from d2l.store import AdapterStore, adapter_id, check_doc_id, check_tenant
+from d2l.store import AdapterStore, Stored, adapter_id, check_doc_id, check_tenant
 
 ID = "0123456789abcdef"
 
@@ -46,6 +46,19 @@ def test_what_is_put_is_got(root: str, tiny_llama: BaseModel) -> None:
     assert same(found, adapter)
     assert found.provenance == adapter.provenance
     assert store.location("acme", ID) == f"{root}/adapters/acme/{ID}"
+
+
+def test_what_is_there_can_be_claimed(root: str, tiny_llama: BaseModel) -> None:
+    store, adapter = AdapterStore(root), make(tiny_llama, 1)
+    assert store.claim("acme", ID) is None
+    size = store.put("acme", ID, adapter)
+    for _ in range(2):  # the claim itself does not count
+        assert store.claim("acme", ID) == Stored(10, 1, adapter.rank, size, tiny_llama.name)
+    store.storage.remove(f"adapters/acme/{ID}/{PROVENANCE_FILE}")
+    assert store.claim("acme", ID) is None
+    store.storage.create(f"adapters/acme/{ID}/{PROVENANCE_FILE}", b"{")
+    with pytest.raises(UserError, match=rf"{ID}: damaged adapter"):
+        store.claim("acme", ID)
 
 
 def test_local_adapter_is_a_peft_folder(tmp_path: Path, tiny_llama: BaseModel) -> None:
