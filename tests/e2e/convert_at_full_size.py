@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -227,4 +227,4 @@ def _serving(job: Job) -> Iterator[str]:
 if __name__ == "__main__":
     if reason := radosgw.missing():
         raise SystemExit(reason)
-    print(json.dumps(main(tyro.cli(Annotated[Config, tyro.conf.arg(name="")])), indent=1))
+    print(json.dumps(main(tyro.cli(Config, description=__doc__)), indent=1))
