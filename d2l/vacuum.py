@@ -105,10 +105,10 @@ def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:
     """Delete a document and at once all its adapters that no other document has.
 
     Its events stay in the catalogue: id, digests, sizes, where it came from and why it failed, none of its text; so
-    does its embedding, from which something of the text can be guessed (convert with no embeddings what may have to be
-    forgotten). Taking the rows out of the table is not safe: a reader that has not
-    seen the `deleted` yet would serve the document for ever, one that has the table's old files in its snapshot, a
-    running job say, would fail, and the table's log names the document all the same.
+    does its embedding, from which something of the text can be guessed: convert what may have to be forgotten without.
+    Taking the rows out of the table is not safe: a reader that has not seen the `deleted` yet would serve the document
+    for ever, one that has the table's old files in its snapshot, a running job say, would fail, and the table's log
+    names the document all the same.
 
     Stop jobs that convert the document first: they would bring it back. A server refuses the document after its next
     look at the catalogue, and holds the adapter in memory until others displace it.
