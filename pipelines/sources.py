@@ -12,6 +12,7 @@ tables are read ahead of their texts. Driver memory grows with the number of doc
 
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -264,7 +265,7 @@ def _read_ids(tables: list[Part], first: dict[str, str], config: SourceConfig) -
     twice: set[str] = set()
     for row in _dataset(tables).flat_map(_read_row_ids, fn_args=(config,)).iter_rows() if tables else ():
         rows += 1
-        doc_id, found = row["doc_id"], (row["place"], row["row"])
+        doc_id, found = row["doc_id"], (sys.intern(row["place"]), row["row"])
         if doc_id in places or doc_id in first:
             twice.add(doc_id)
         places[doc_id] = min(places.get(doc_id, found), found)
