@@ -175,8 +175,11 @@ def build(config: ServeConfig) -> serve.Application:
         ).bind(store, hypernetwork, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype, embedding)
     selector = None
     if embedding:
-        options = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 2 * config.max_batch_size}
-        selector = Selector.options(**options).bind(store, embedding)
+        selector = Selector.options(
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=2 * config.max_batch_size,
+            max_queued_requests=config.max_queued_requests,
+        ).bind(store, embedding)
     capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(
         num_replicas=config.gateways,
