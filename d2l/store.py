@@ -147,25 +147,38 @@ class AdapterStore:
         dated = [file for file in files if not committed or file.name in (COMMIT_MARK, _CLAIM)]
         return Folder(sum(file.bytes for file in files), max(file.modified for file in dated))
 
-    def remove(self, tenant: str, adapter_id: str) -> None:
+    def remove(self, tenant: str, adapter_id: str, unclaimed_since: datetime | None = None) -> bool:
         """Remove an adapter, its commit mark first: what is left of it when this is cut short is no adapter.
+
+        With `unclaimed_since`, it stays if it was claimed after that time. Who claims looks for the mark afterwards,
+        and who removes looks for claims after the mark is gone: one of the two sees the other.
 
         The weights go last: who then writes the same adapter anew has it to himself, and who was finishing it
         misses them. Should a commit mark have come meanwhile that stands for no weights, it goes too.
+
+        Returns:
+            Whether it was removed.
 
         Raises:
             UserError: the storage fails.
         """
         folder = _folder(tenant, adapter_id)
         mark, weights = f"{folder}/{COMMIT_MARK}", f"{folder}/{WEIGHTS_FILE}"
-        names = {file.name for file in self.storage.files(folder)}
+        content = self.storage.read(mark) if self.storage.exists(mark) else b""
         self.storage.remove(mark)
+        files = self.storage.files(folder)
+        claimed = [file.modified for file in files if file.name == _CLAIM]
+        if content and unclaimed_since and claimed and claimed[0] > unclaimed_since:
+            self.storage.create(mark, content)
+            return False
+        names = {file.name for file in files}
         for name in sorted(names - {COMMIT_MARK, WEIGHTS_FILE}):
             self.storage.remove(f"{folder}/{name}")
         self.storage.remove(weights)
         if self.storage.exists(mark) and not self.storage.exists(weights):
             self.storage.remove(mark)
         self.storage.remove_folder(folder)
+        return True
 
     def location(self, tenant: str, adapter_id: str) -> str:
         """The adapter's folder: a path, or a URL where the root is one."""

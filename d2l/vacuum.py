@@ -14,11 +14,14 @@ Why a vacuum may run beside jobs and servers:
   removed. A document that a job skips outright is current: it is in use.
 - Servers resolve names in the catalogue only, and what is removed can not be named there.
 
-What is left: a job puts an adapter again in the milliseconds between a vacuum's look at its folder and the removal of
-its mark. Then the document's event stands for no adapter: it answers with an error until its next conversion, which
-misses the mark and makes the adapter again. Someone who is finishing an old unfinished upload in that moment fails the
-document with `upload` as its stage, or leaves the same state. A grace period shorter than a job's commits need is safe
-only while no job runs. Run one vacuum at a time: beside a job a second one could remove what is just made anew.
+- A claim that comes while a folder is being removed is seen: who claims looks for the mark afterwards and, where it is
+  gone, makes the adapter anew; who removes looks for claims after the mark is gone, and puts it back.
+
+What is left: someone who is finishing an old unfinished upload while it is removed fails the document with `upload` as
+its stage, or its event stands for no adapter: it answers with an error until its next conversion, which misses the mark
+and makes the adapter again. So does a vacuum that is killed in the milliseconds in which it has a mark to put back. A
+grace period shorter than a job's commits need is safe only while no job runs. Run one vacuum at a time: beside a job a
+second one could remove what is just made anew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -96,9 +99,7 @@ def _remove(store: AdapterStore, oldest: datetime, dry_run: bool, place: _Place)
     folder = store.look(*place)
     if folder is None or folder.modified > oldest:
         return None
-    if not dry_run:
-        store.remove(*place)
-    return folder.bytes
+    return folder.bytes if dry_run or store.remove(*place, unclaimed_since=oldest) else None
 
 
 def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:

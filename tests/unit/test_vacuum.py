@@ -116,12 +116,13 @@ def test_what_comes_into_use_meanwhile_is_kept(filled: str, monkeypatch: pytest.
     remove = AdapterStore.remove
     unused, removed = {4, 5, 6}, set()
 
-    def slow(store: AdapterStore, tenant: str, adapter_id: str) -> None:
-        remove(store, tenant, adapter_id)
+    def slow(store: AdapterStore, tenant: str, adapter_id: str, unclaimed_since: datetime) -> bool:
+        assert remove(store, tenant, adapter_id, unclaimed_since)
         removed.add(int(adapter_id, 16))
         if len(removed) == 1:
             events = [Event("acme", f"new{n}", "v1", "ready", digest(n)) for n in unused - removed]
             Catalogue(filled).append(events)
+        return True
 
     monkeypatch.setattr(AdapterStore, "remove", slow)
     report = vacuum(filled, NOW)
@@ -161,6 +162,32 @@ def test_beside_a_job_and_a_reader_nothing_current_goes(root: str, adapter: Adap
     removed += vacuum(root, MINUTE).removed
     assert removed == 4
     assert left(root) == {("acme", number) for number in range(6)}
+
+
+@pytest.mark.parametrize("again", [AdapterStore.claim, AdapterStore.put])
+def test_what_is_claimed_while_it_is_removed_stays_or_is_seen_to_be_gone(
+    filled: str, adapter: Adapter, aged: set[str], monkeypatch: pytest.MonkeyPatch, again: Any
+) -> None:
+    store, remove = AdapterStore(filled), Storage.remove
+    unused = {place for place in set(store.folders()) - Catalogue(filled).references() if store.exists(*place)}
+    assert unused
+    aged.update(adapter_id for _, adapter_id in unused)
+
+    def late(storage: Storage, file: str) -> None:
+        """Others claim right before the mark goes, when the vacuum has looked at the folder."""
+        if file.endswith(COMMIT_MARK):
+            with monkeypatch.context() as patched:
+                patched.setattr(Storage, "remove", remove)
+                _, tenant, adapter_id, _ = file.split("/")
+                assert again(store, tenant, adapter_id, *([adapter] if again is AdapterStore.put else []))
+        remove(storage, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vacuum_module, "_THREADS", 1)
+        patched.setattr(Storage, "remove", late)
+        assert vacuum(filled, MINUTE).removed == 0
+    for place in unused:
+        store.get(*place)
 
 
 @pytest.mark.parametrize("step", ["create", "read"])
