@@ -106,7 +106,9 @@ COMMANDS = {
         "pipelines.catalogue:erase", "EraseConfig", "delete a document and at once its adapters"
     ),
     "serve": _Command("serve.app:run", "ServeConfig", "answer queries with a store's adapters (OpenAI-compatible)"),
-    "keys add": _Command("serve.keys:add_key", "AddKeyConfig", "make an API key for a tenant of `d2l serve --keys`"),
+    "keys add": _Command(
+        "serve.catalogue.keys:add_key", "AddKeyConfig", "make an API key for a tenant of the endpoint"
+    ),
     "ask": _Command("pipelines.ask:ask", "AskConfig", "ask one document one question, three ways"),
     "import-sakana": _Command(
         "pipelines.import_sakana:import_sakana", "ImportConfig", "import a checkpoint of the Doc-to-LoRA authors"

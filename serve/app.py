@@ -31,14 +31,14 @@ from d2l.errors import UserError
 from d2l.hypernetwork import base_model_of, read_config
 from d2l.model import SHIPPED
 from d2l.storage import Storage
-from serve.batcher import BatcherConfig
-from serve.catalogue_deployment import CatalogueDeployment
-from serve.engine import Engine
+from serve.catalogue.deployment import CatalogueDeployment
+from serve.catalogue.keys import Keys
+from serve.engine.batcher import BatcherConfig
+from serve.engine.deployment import Engine
 from serve.errors import RETRY_AFTER_S
-from serve.gateway import Gateway
+from serve.gateway.deployment import Gateway
 from serve.internalizer import Internalizer
-from serve.keys import Keys
-from serve.router import AdapterRouter
+from serve.routing.router import AdapterRouter
 from serve.selector import Selector
 
 APP_NAME = "d2l"

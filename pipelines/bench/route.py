@@ -2,7 +2,7 @@
 
 Requests arrive at random, their adapters by Zipf's law. A replica answers `slots` requests at once, each for a random
 time; one whose adapter is not in the replica's cache (least recently used first out) waits for its load before.
-`affinity` is the routing function that engines are served with, `serve.rendezvous.rank`; `two_choices` is Serve's
+`affinity` is the routing function that engines are served with (`serve.routing.rendezvous`); `two_choices` is Serve's
 default, the less loaded of two random replicas; `multiplexed` is Serve's for models at its best, knowing all caches at
 every moment: of those that have the adapter the less loaded of two, else of those with the fewest adapters.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.rendezvous import rank
+from serve.routing.rendezvous import rank
 
 
 @dataclass(frozen=True)

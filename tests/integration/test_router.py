@@ -14,10 +14,10 @@ from ray.serve.handle import DeploymentHandle
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
-from serve.batcher import BatcherConfig
-from serve.engine import Engine, EngineRequest
-from serve.rendezvous import order
-from serve.router import AdapterRouter
+from serve.engine.batcher import BatcherConfig
+from serve.engine.deployment import Engine, EngineRequest
+from serve.routing.rendezvous import order
+from serve.routing.router import AdapterRouter
 from tests.conftest import random_adapter
 
 OPTIONS: dict[str, Any] = {

@@ -23,8 +23,8 @@ from d2l.generation import SamplingConfig
 from d2l.internalize import InternalizeConfig
 from d2l.store import AdapterStore, adapter_id
 from serve.app import ServeConfig, run
-from serve.keys import AddKeyConfig, add_key
-from serve.limits import Limits
+from serve.catalogue.keys import AddKeyConfig, add_key
+from serve.catalogue.limits import Limits
 from tests.integration.test_serve import random_hypernetwork
 from tests.unit.test_extract import filled, pdf, word
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.adapter_cache import AdapterCache, Key
+from serve.engine.adapter_cache import AdapterCache, Key
 
 
 class Loader:

@@ -10,7 +10,7 @@ from d2l.adapter import WEIGHTS_FILE, Adapter
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.store import AdapterStore
-from serve.adapter_disk import AdapterDisk
+from serve.engine.adapter_disk import AdapterDisk
 from tests.conftest import random_adapter
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l.base_model import BaseModel
-from serve.adapter_slots import AdapterSlots, Slot
+from serve.engine.adapter_slots import AdapterSlots, Slot
 from tests.conftest import random_adapter
 
 KINDS = (

@@ -14,8 +14,8 @@ from d2l.adapter import Adapter, Provenance
 from d2l.base_model import BaseModel
 from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
-from serve.batcher import Batcher, BatcherConfig, Job, Piece
-from serve.decoding import DecodingBatch
+from serve.engine.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.engine.decoding import DecodingBatch
 from serve.errors import ApiError
 
 QUESTIONS = ("What is the magic number?", "Who reads a document once? Answer with a long story, please.", "9?")

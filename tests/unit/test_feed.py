@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.feed import Feed, Update
+from serve.catalogue.feed import Feed, Update
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:

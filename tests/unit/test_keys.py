@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from d2l.errors import UserError
-from serve.keys import AddKeyConfig, Keys, add_key
-from serve.limits import Limiter, Limits, TokenBucket
+from serve.catalogue.keys import AddKeyConfig, Keys, add_key
+from serve.catalogue.limits import Limiter, Limits, TokenBucket
 
 
 def test_a_key_is_found_by_its_secret_and_kept_as_a_digest(tmp_path: Path) -> None:

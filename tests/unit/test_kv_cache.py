@@ -5,7 +5,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from d2l.base_model import BaseModel, load_base_model
-from serve.kv_cache import KVCache, attending
+from serve.engine.kv_cache import KVCache, attending
 from tests.conftest import save_tiny
 
 

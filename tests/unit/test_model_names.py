@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l.errors import UserError
-from serve.model_names import DocumentRef, ModelName, document_model
+from serve.gateway.model_names import DocumentRef, ModelName, document_model
 
 VERSION = "0123456789ab"
 

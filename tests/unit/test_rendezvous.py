@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.rendezvous import order, rank
+from serve.routing.rendezvous import order, rank
 
 REPLICAS = st.lists(st.uuids().map(str), min_size=1, max_size=12, unique=True)
 KEYS = [f"adapter-{number}" for number in range(2000)]

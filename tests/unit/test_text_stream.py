@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from serve.text_stream import TextStream
+from serve.engine.text_stream import TextStream
 from tests.conftest import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -17,10 +17,10 @@ import torch
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
-from serve.decoding import DecodingBatch, Row, sample
+from serve.engine.decoding import DecodingBatch, Row, sample
+from serve.engine.logprobs import TokenLogprob, token_logprob
+from serve.engine.text_stream import TextStream
 from serve.errors import ApiError
-from serve.logprobs import TokenLogprob, token_logprob
-from serve.text_stream import TextStream
 
 _SAMPLED = 1e-5
 """Lower temperatures are greedy decoding: scores divided by them would overflow."""

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 
 from d2l.catalogue import Catalogue, Event
-from serve.backend import Backend
+from serve.catalogue.keys import ApiKey
 from serve.errors import ApiError
-from serve.keys import ApiKey
-from serve.model_names import ModelName, document_model, shown
+from serve.gateway.backend import Backend
+from serve.gateway.model_names import ModelName, document_model, shown
 
 MOST_LISTED = 1000
 """Entries of a page at most, and by default."""

@@ -23,7 +23,7 @@ import tyro
 from d2l.config import from_dict, load_json, to_dict
 from d2l.errors import UserError
 from d2l.store import check_tenant
-from serve.limits import Limits
+from serve.catalogue.limits import Limits
 
 _PREFIX = "d2l-"
 _SHA256 = "[0-9a-f]{64}"

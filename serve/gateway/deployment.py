@@ -7,13 +7,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.backend import Backend
-from serve.body_limit import BodyLimit
-from serve.completions import completions_router
-from serve.directory import Directory
-from serve.documents import documents_router
 from serve.errors import handle_errors
-from serve.models import models_router
+from serve.gateway.backend import Backend
+from serve.gateway.body_limit import BodyLimit
+from serve.gateway.completions import completions_router
+from serve.gateway.directory import Directory
+from serve.gateway.documents import documents_router
+from serve.gateway.models import models_router
 
 MAX_BODY_BYTES = 32 << 20
 """Of any request; a document may be as large."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from serve.batcher import Piece
-from serve.logprobs import TokenLogprob, TopLogprob
+from serve.engine.batcher import Piece
+from serve.engine.logprobs import TokenLogprob, TopLogprob
 
 
 @dataclass

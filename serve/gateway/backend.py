@@ -8,9 +8,9 @@ from fastapi import Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from ray.serve.handle import DeploymentHandle
 
-from serve.directory import Directory
+from serve.catalogue.keys import ApiKey
 from serve.errors import as_api_error
-from serve.keys import ApiKey
+from serve.gateway.directory import Directory
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, where the server gives them out.")
 

@@ -11,10 +11,10 @@ import uuid
 from ray.serve.handle import DeploymentHandle
 
 from d2l.catalogue import Catalogue, Event
-from serve.catalogue_deployment import POLL_S, Start, Upload
+from serve.catalogue.deployment import POLL_S, Start, Upload
+from serve.catalogue.feed import LEASE_S, Update
+from serve.catalogue.keys import OPEN, ApiKey, Keys
 from serve.errors import ApiError
-from serve.feed import LEASE_S, Update
-from serve.keys import OPEN, ApiKey, Keys
 
 _RETRY_S = 0.5
 

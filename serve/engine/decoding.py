@@ -20,8 +20,8 @@ from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from d2l.injection import Segments, inject
-from serve.adapter_slots import AdapterSlots, Slot
-from serve.kv_cache import KVCache, Place, attending
+from serve.engine.adapter_slots import AdapterSlots, Slot
+from serve.engine.kv_cache import KVCache, Place, attending
 
 
 @dataclass(eq=False)

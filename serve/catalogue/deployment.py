@@ -18,10 +18,10 @@ from ray import serve
 
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
+from serve.catalogue.feed import Feed, Update
+from serve.catalogue.keys import ApiKey, Keys
+from serve.catalogue.limits import Limiter
 from serve.errors import ApiError, storage_error
-from serve.feed import Feed, Update
-from serve.keys import ApiKey, Keys
-from serve.limits import Limiter
 
 POLL_S = 1.0
 """How long a gateway's question for news waits for some."""

@@ -6,7 +6,7 @@ import random
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from serve.rendezvous import rank
+from serve.routing.rendezvous import rank
 
 
 class AdapterRouter(RequestRouter):

@@ -20,11 +20,11 @@ from d2l.errors import UserError
 from d2l.factors import map_tensors
 from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
-from serve.adapter_cache import AdapterCache, Key
-from serve.adapter_disk import AdapterDisk
-from serve.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.engine.adapter_cache import AdapterCache, Key
+from serve.engine.adapter_disk import AdapterDisk
+from serve.engine.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.engine.metrics import AnswerTimer, EngineMetrics
 from serve.errors import ApiError
-from serve.metrics import AnswerTimer, EngineMetrics
 
 _LOADS = 32
 """Adapters that are loaded at once at most."""

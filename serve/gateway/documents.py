@@ -20,14 +20,14 @@ from d2l.chunking import check_text
 from d2l.extract import SUFFIXES, TEXT, extract, extractor_of
 from d2l.internalize import Document
 from d2l.store import check_doc_id
-from serve.backend import Backend
-from serve.catalogue_deployment import Upload, check_room
+from serve.catalogue.deployment import Upload, check_room
+from serve.catalogue.keys import ApiKey
 from serve.errors import ApiError, as_api_error
+from serve.gateway.backend import Backend
+from serve.gateway.model_names import document_model, shown
+from serve.gateway.models import MOST_LISTED, After, Limit, page
+from serve.gateway.protocol import Strict, Text
 from serve.internalizer import Internalization
-from serve.keys import ApiKey
-from serve.model_names import document_model, shown
-from serve.models import MOST_LISTED, After, Limit, page
-from serve.protocol import Strict, Text
 
 LONG_CHARACTERS = 20_000
 """Longer documents are answered before they are ready."""

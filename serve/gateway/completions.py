@@ -13,14 +13,14 @@ from fastapi.responses import Response as HttpResponse
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from d2l.catalogue import Event
-from serve.backend import Backend
-from serve.batcher import Piece
-from serve.engine import EngineRequest
+from serve.catalogue.keys import ApiKey
+from serve.engine.batcher import Piece
+from serve.engine.deployment import EngineRequest
 from serve.errors import ApiError, as_api_error, error_body
-from serve.keys import ApiKey
-from serve.model_names import ModelName, shown
-from serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from serve.responses import ChatResponse, CompletionResponse, Response, usage
+from serve.gateway.backend import Backend
+from serve.gateway.model_names import ModelName, shown
+from serve.gateway.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from serve.gateway.responses import ChatResponse, CompletionResponse, Response, usage
 from serve.selector import Choice
 
 
