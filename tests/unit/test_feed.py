@@ -38,7 +38,7 @@ def test_news_come_in_order_and_wake_who_waits() -> None:
 
 def test_delivered_waits_for_the_last_subscriber() -> None:
     async def scenario() -> None:
-        feed = await settled(lease_s=10)
+        feed = await settled(lease_s=2)
         for name in "ab":
             await feed.poll(name, feed.subscribe(name), 0)
         position = await feed.publish("x")

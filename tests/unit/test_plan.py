@@ -70,7 +70,7 @@ def test_fields_of_tasks_inside_stages_are_options(name, monkeypatch, capsys):
     monkeypatch.setattr(job, "train", lambda config: seen.append(config))
     options = ["--recipe.stages.0.mixture.0.weight", "0.25", "--recipe.seed", "7", "--recipe.stages.0.steps", "3"]
     task = type(getattr(job, name.split()[1].replace("-", "_") + "_run")().recipe.stages[0].mixture[0].task).__name__
-    field = "max_tokens" if task == "NeedleTask" else "max_questions"
+    field = {"NeedleTask": "max_tokens", "FactsTask": "max_facts", "QuestionsTask": "max_questions"}[task]
     main([*name.split(), *options, f"--recipe.stages.0.mixture.0.task.{field.replace('_', '-')}", "55"])
     (config,) = seen
     assert config.recipe.seed == 7
