@@ -50,6 +50,13 @@ class Caller:
         return await asyncio.gather(*map(self._replicas.complete.remote, requests))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_serve_is_left(ray_cluster: None) -> Iterator[None]:
+    """Tests that come after these start Serve at a port of their own."""
+    yield
+    serve.shutdown()
+
+
 @pytest.fixture(scope="module")
 def replicas(ray_cluster: None) -> Iterator[DeploymentHandle]:
     yield serve.run(Replica.bind(), name="router", route_prefix=None)
