@@ -31,7 +31,6 @@ def config(ray_cluster, tiny_llama, tmp_path_factory):
         facts=(1, 3),
         documents=(3, 2),
         timed=1,
-        workers=2,
         output=folder / "report",
         tracking=TrackingConfig(f"sqlite:///{folder}/mlflow.db", "test"),
     )
@@ -89,10 +88,9 @@ def test_an_evaluation_of_questions_takes_a_parquet_file(config, tmp_path):
         evaluate_qa(dataclasses.replace(asked, rows=("static",)))
 
 
-def test_interference_is_nothing_where_adapters_change_nothing(config, tiny_llama, tmp_path):
+def test_interference_is_measured_on_passages_of_ordinary_text(config, tmp_path):
     prose = tmp_path / "prose.txt"
     prose.write_text("\n\n".join(f"Text {i} about harbours, numbers and the sea. " * 8 for i in range(30)))
-    tiny_hypernetwork(tiny_llama, trained=False).save_pretrained(tmp_path / "untrained")
     asked = EvaluateInterferenceConfig(
         documents=str(prose),
         prose=str(prose),
@@ -104,8 +102,7 @@ def test_interference_is_nothing_where_adapters_change_nothing(config, tiny_llam
     )
     result = evaluate_interference(asked)
     assert result["passages"] == 6
+    assert result["perplexity_adapter"] == pytest.approx(result["perplexity"] * (1 + result["increase"]))
     assert result["perplexity_adapter"] != pytest.approx(result["perplexity"], rel=1e-3)
     assert result["low"] <= result["increase"] <= result["high"]
     assert (tmp_path / "report/results.json").exists()
-    none = evaluate_interference(dataclasses.replace(asked, hypernetwork=tmp_path / "untrained"))
-    assert (none["perplexity"], none["increase"]) == pytest.approx((result["perplexity"], 0), abs=1e-5)
