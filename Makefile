@@ -10,7 +10,7 @@ KEEP ?=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow lint install clean
+.PHONY: demo test slow long lint install clean
 
 install: $(INSTALLED)
 
@@ -29,10 +29,13 @@ demo: $(INSTALLED)
 	@$(BIN)/d2l demo $(if $(KEEP),--keep)
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow and not long'
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -m slow -rs
+
+long: $(INSTALLED)
+	$(BIN)/pytest -m long -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,7 +21,6 @@ from d2l.store import AdapterStore
 from tests.conftest import S3Server, tiny_hypernetwork
 from tests.e2e.test_demo import d2l
 
-pytestmark = pytest.mark.slow
 _DOCUMENTS = 240
 
 
@@ -105,6 +104,7 @@ def assert_same(root: str, undisturbed: str) -> None:
         torch.testing.assert_close(*updates, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_driver_killed_at_random_moments(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     moments, root = random.Random(5), str(tmp_path / "store")
     for _ in range(3):
@@ -122,6 +122,7 @@ def test_driver_killed_at_random_moments(options: list[str], undisturbed: str, t
     assert_same(root, undisturbed)
 
 
+@pytest.mark.slow
 def test_an_actor_killed(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     root = str(tmp_path / "store")
     process = started(options, tmp_path, root)
@@ -133,6 +134,7 @@ def test_an_actor_killed(options: list[str], undisturbed: str, tmp_path: Path) -
     assert_same(root, undisturbed)
 
 
+@pytest.mark.long
 def test_s3_server_away_for_longer_than_requests_are_tried_again(
     moto: S3Server, s3_bucket: str, options: list[str], undisturbed: str, tmp_path: Path
 ) -> None:
@@ -161,6 +163,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_disk_full(options: list[str], undisturbed: str, small_disk: Path, tmp_path: Path) -> None:
     root = str(small_disk / "store")
     process = started(options, tmp_path, root)
@@ -174,6 +177,7 @@ def test_disk_full(options: list[str], undisturbed: str, small_disk: Path, tmp_p
     assert_same(root, undisturbed)
 
 
+@pytest.mark.long
 def test_two_jobs_at_once_with_documents_in_common(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     """Half of the documents are each job's own; both jobs finish, and no work is lost or current twice."""
     [command, docs, *rest] = options

@@ -15,7 +15,7 @@ from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig, make_sample
 from serve.engine.batcher import Batcher, BatcherConfig, Job
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 QUESTIONS = ("What is the special magic number?", "Write a story about a harbour.", "Name three colours.")
 ROWS = 16

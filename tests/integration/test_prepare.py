@@ -42,6 +42,7 @@ def documents(contents: dict[str, bytes]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3_with_a_teacher_and_again_after_a_kill(s3_bucket: str, tiny_llama: BaseModel) -> None:
     long = {"context": "Long. " * 500, "question": "?", "answers": "x"}
     bad = [{"context": 5, "question": "?", "answers": ["x"]}, long]
