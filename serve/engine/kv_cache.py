@@ -9,6 +9,7 @@ without a copy.
 `attending` puts this attention into the model's own forward pass through transformers' attention interface.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -229,15 +230,20 @@ def _attention(
 
 _NAME = "d2l_rows"
 AttentionInterface.register(_NAME, _attention)
+_ATTENDING = threading.Lock()
 
 
 @contextmanager
 def attending(base: BaseModel) -> Iterator[None]:
-    """While the context lasts, the model's forward pass takes `step=` and leaves attention to it."""
+    """While the context lasts, the model's forward pass takes `step=` and leaves attention to it.
+
+    One thread at a time: two that change one model's configuration in turns would leave it changed.
+    """
     config = base.model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    with _ATTENDING:
+        before = config._attn_implementation
+        config._attn_implementation = _NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before

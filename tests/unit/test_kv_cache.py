@@ -1,5 +1,7 @@
 """Keys and values in slabs: attention as the library's own, whatever comes, goes and moves."""
 
+import threading
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -66,3 +68,23 @@ def test_the_model_is_left_as_it_was(tiny_llama: BaseModel):
     with pytest.raises(ZeroDivisionError), attending(tiny_llama):
         raise ZeroDivisionError
     assert torch.equal(expected(tiny_llama, [5, 6, 7]), before)
+
+
+def test_batches_of_two_threads_leave_the_model_as_it_was(tiny_llama: BaseModel) -> None:
+    before = tiny_llama.model.config._attn_implementation
+    inside, leave = threading.Event(), threading.Event()
+
+    def attend() -> None:
+        with attending(tiny_llama):
+            inside.set()
+            leave.wait(5)
+
+    first = threading.Thread(target=attend)
+    first.start()
+    inside.wait(5)
+    second = threading.Thread(target=attend)
+    second.start()
+    leave.set()
+    first.join()
+    second.join()
+    assert tiny_llama.model.config._attn_implementation == before
