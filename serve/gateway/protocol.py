@@ -4,6 +4,7 @@ Parameters that are not honoured are refused, never ignored; their neutral value
 `user`, which by definition changes no answer, are accepted because clients send them unasked.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -91,9 +92,9 @@ class GenerationRequest(Strict):
         return self.max_tokens or DEFAULTS.max_new_tokens
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """How many of the most likely tokens are told for each token; None for no log-probabilities."""
-        raise NotImplementedError
 
     def sampling(self) -> SamplingConfig:
         """As the library wants it."""

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from serve.engine.logprobs import TokenLogprob, TopLogprob
 
 
 @dataclass
-class Response:
+class Response(ABC):
     """Writes the responses to one request: all of one id, time and model."""
 
     model: str
