@@ -7,8 +7,7 @@ them. What it costs in answers to other questions stands in every report of `d2l
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,41 +24,29 @@ from d2l.config import save_json
 from d2l.errors import UserError
 from d2l.hypernetwork import read_config
 from d2l.injection import inject, place_rows
-from d2l.model import SHIPPED, DocToLora
+from d2l.model import DocToLora
 from pipelines import cluster, tracking
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.qa_scores import interval
 from pipelines.progress import Progress
 from pipelines.prose import load_prose
-from pipelines.tracking import TrackingConfig
 
 _BATCH = 8
 """Documents, and passages, that an actor takes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateInterferenceConfig:
+class EvaluateInterferenceConfig(EvaluateConfig):
     """Passages, and documents that have nothing to do with them."""
 
     documents: str
     """Texts to internalize: a Parquet file with a column `text`, or a text file; the held-out ones are used."""
     prose: str
     """Ordinary text, in the same form; the held-out texts are used."""
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
-    base: str | None = None
-    """Base model; by default the one the checkpoint names."""
     passages: int = 200
     """Passages, each with another document's adapter, while there are documents."""
     tokens: int = 256
     """Tokens of a passage, and of a document at most."""
-    workers: int = 1
-    """Evaluating actors."""
-    gpus_per_worker: float = 0
-    """GPUs of one actor."""
-    output: Path | None = None
-    """Folder for results.json; none by default."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the run is recorded."""
 
 
 def evaluate_interference(config: EvaluateInterferenceConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +27,15 @@ from d2l.base_model import BUNDLED_MODELS
 from d2l.config import from_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
-from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig
 from pipelines import cluster, tracking
 from pipelines.evaluate import needle_report
 from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.needle_examiner import Examiner, haystack_texts
 from pipelines.evaluate.needle_scores import Score, scores
 from pipelines.evaluate.needle_trial import Setting, Trial
 from pipelines.progress import Progress
-from pipelines.tracking import TrackingConfig
 
 _DEPTHS = 10
 _BATCH_TOKENS = 16_384
@@ -46,14 +45,10 @@ _BATCH_DOCUMENTS = 16
 _METRICS = str.split("exact_match low high found seconds_per_document seconds_per_answer extra_bytes")
 
 
-@dataclass(frozen=True)
-class EvaluateNeedleConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateNeedleConfig(EvaluateConfig):
     """Needle documents of several lengths, at ten depths each."""
 
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
-    base: str | None = None
-    """Base model; by default the one the checkpoint names."""
     lengths: tuple[int, ...] = (1024,)
     """Document lengths, in tokens."""
     samples: tuple[int, ...] = (200,)
@@ -76,14 +71,6 @@ class EvaluateNeedleConfig:
     """So many documents of each length are also run alone, to take the time."""
     seed: int = 1_000_000
     """Seeds from here on; training draws others."""
-    workers: int = 1
-    """Evaluating actors."""
-    gpus_per_worker: float = 0
-    """GPUs of one actor."""
-    output: Path | None = None
-    """Folder for answers, tables and plots, where the same command continues; a passing one by default."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the run is recorded."""
 
 
 def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:

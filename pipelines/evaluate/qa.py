@@ -18,7 +18,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,15 @@ from d2l.base_model import BUNDLED_MODELS
 from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
-from d2l.model import SHIPPED
 from pipelines import cluster, tracking
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.qa_data import Exam
 from pipelines.evaluate.qa_examiner import Examiner
 from pipelines.evaluate.qa_scores import scores
 from pipelines.evaluate.qa_trial import Setting, Trial
 from pipelines.progress import Progress
-from pipelines.tracking import TrackingConfig
 
 _ROWS = ("no_document", "in_context", "static", "tuned_reader", "d2l_wrong_document", "d2l")
 _COMPRESSED = re.compile(r"d2l_rank[1-9]\d*")
@@ -50,13 +49,9 @@ _BATCH_QUESTIONS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExaminerConfig:
+class ExaminerConfig(EvaluateConfig):
     """Who is asked, and under which conditions."""
 
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
-    base: str | None = None
-    """Base model; by default the one the checkpoint names."""
     rows: tuple[str, ...] = ("no_document", "in_context", "d2l_wrong_document", "d2l")
     """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`."""
     static: Path | None = None
@@ -69,14 +64,6 @@ class ExaminerConfig:
     """So many documents of each group are also run alone, to take the time."""
     seed: int = 1_000_000
     """Chooses or makes the documents."""
-    workers: int = 1
-    """Evaluating actors."""
-    gpus_per_worker: float = 0
-    """GPUs of one actor."""
-    output: Path | None = None
-    """Folder for answers, tables and plots, where the same command continues; a passing one by default."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the run is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

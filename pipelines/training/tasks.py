@@ -20,6 +20,7 @@ from d2l.chunking import ChunkingConfig, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.tasks.facts import MAX_FACTS, FactsConfig, make_facts
 from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
+from d2l.tasks.sample import Sample
 from pipelines.prose import load_prose
 from pipelines.teacher import TOP, Targets, answer_ids, document_question
 from pipelines.training.parquet import RowGroups, open_row_groups
@@ -108,6 +109,8 @@ Task = NeedleTask | FactsTask | QuestionsTask | RepeatTask
 
 _LONGEST_TOKEN = 64
 """Characters of a token, at most by far."""
+_MEASURED = 64
+"""Documents that a mean length is taken of."""
 REPEAT_QUESTION = "Repeat the text."
 
 
@@ -187,7 +190,27 @@ class Source(ABC):
         return ChunkingConfig(min(limit, size), overlap)
 
 
-class _Needles(Source):
+class _Made(Source):
+    """Documents made on the fly, each from its place in its shard's stream."""
+
+    def documents(
+        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
+    ) -> tuple[list[Document], Counter[str]]:
+        return [self._document(tokenizer, shard, number) for number in range(start, stop)], Counter()
+
+    def _document(self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int) -> Document:
+        rng = random.Random(f"{self.seed}/{shard}/{number}")
+        sample = self._sample(tokenizer, rng)
+        ids = document_ids(sample.document, tokenizer, self.config.chunking, f"{self.name} document")
+        answers = [answer_ids(tokenizer, answer) for answer in sample.answers]
+        text = (sample.document, list(sample.questions), list(sample.answers)) if self.config.held_out else None
+        return self._tokenised(tokenizer, ids, list(sample.questions), answers, rng, text=text)
+
+    @abstractmethod
+    def _sample(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Sample: ...
+
+
+class _Needles(_Made):
     name = "needle"
 
     def __init__(self, task: NeedleTask, config: SourceConfig, seed: str):
@@ -202,23 +225,13 @@ class _Needles(Source):
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
         return self.task.mean_tokens
 
-    def documents(
-        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
-    ) -> tuple[list[Document], Counter[str]]:
-        return [self._document(tokenizer, shard, number) for number in range(start, stop)], Counter()
-
-    def _document(self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int) -> Document:
-        rng = random.Random(f"{self.seed}/{shard}/{number}")
+    def _sample(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Sample:
         config = self._kind(tokenizer, rng)
         prose = self._prose if rng.random() < self.task.prose else []
-        sample = make_sample(tokenizer, config, rng.getrandbits(48), prose=prose)
-        ids = document_ids(sample.document, tokenizer, self.config.chunking, "needle document")
-        answers = [answer_ids(tokenizer, answer) for answer in sample.answers]
-        text = (sample.document, list(sample.questions), list(sample.answers)) if self.config.held_out else None
-        return self._tokenised(tokenizer, ids, list(sample.questions), answers, rng, text=text)
+        return make_sample(tokenizer, config, rng.getrandbits(48), prose=prose)
 
     def _kind(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> NeedleConfig:
-        tokens = round(math.exp(rng.uniform(math.log(self.task.min_tokens), math.log(self.task.max_tokens))))
+        tokens = round(_log_uniform(rng, self.task.min_tokens, self.task.max_tokens))
         fitting = min(self.task.max_needles, int(0.4 * tokens / longest_sentence(tokenizer)))
         if rng.random() >= self.task.keyed or not fitting:
             return NeedleConfig(tokens)
@@ -226,52 +239,34 @@ class _Needles(Source):
         return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
 
 
-class _Facts(Source):
+class _Facts(_Made):
     name = "facts"
-
-    _SAMPLE = 64
-    """Documents that the mean length is taken of."""
 
     def __init__(self, task: FactsTask, config: SourceConfig, seed: str):
         super().__init__(config, seed)
         self.task = task
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
-        documents, _ = self.documents(tokenizer, 0, 1, 0, self._SAMPLE)
-        return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+        return _mean_tokens(self.documents(tokenizer, 0, 1, 0, _MEASURED)[0])
 
-    def documents(
-        self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
-    ) -> tuple[list[Document], Counter[str]]:
-        return [self._document(tokenizer, shard, number) for number in range(start, stop)], Counter()
-
-    def _document(self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int) -> Document:
-        rng = random.Random(f"{self.seed}/{shard}/{number}")
-        held_out = self.config.held_out
-        facts = round(math.exp(rng.uniform(math.log(self.task.min_facts), math.log(self.task.max_facts))))
-        sample = make_facts(FactsConfig(facts, held_out, self.task.sentences), rng.getrandbits(48))
-        ids = document_ids(sample.document, tokenizer, self.config.chunking, "facts document")
-        answers = [answer_ids(tokenizer, answer) for answer in sample.answers]
-        text = (sample.document, list(sample.questions), list(sample.answers)) if held_out else None
-        return self._tokenised(tokenizer, ids, list(sample.questions), answers, rng, text=text)
+    def _sample(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Sample:
+        facts = round(_log_uniform(rng, self.task.min_facts, self.task.max_facts))
+        return make_facts(FactsConfig(facts, self.config.held_out, self.task.sentences), rng.getrandbits(48))
 
 
 class _Rows(Source):
     """Documents from the rows of a training set: every one once an epoch, in an order of the epoch's own."""
-
-    _SAMPLE = 64
-    """Rows that the mean length is taken of."""
 
     def __init__(self, rows: RowGroups, config: SourceConfig, seed: str):
         super().__init__(config, seed)
         self.rows = rows
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
-        documents, skipped = self.documents(tokenizer, 0, 1, 0, min(self._SAMPLE, self.rows.count))
+        documents, skipped = self.documents(tokenizer, 0, 1, 0, min(_MEASURED, self.rows.count))
         if not documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            raise UserError(f"{self.rows.what}: of its first {self._SAMPLE} documents none can be used ({reasons})")
-        return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+            raise UserError(f"{self.rows.what}: of its first {_MEASURED} documents none can be used ({reasons})")
+        return _mean_tokens(documents)
 
     def documents(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
@@ -418,6 +413,14 @@ def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> 
     if isinstance(task, RepeatTask):
         return _Repeat(task, rows, config, seed)
     return _Questions(task, rows, config, seed)
+
+
+def _mean_tokens(documents: list[Document]) -> float:
+    return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+
+
+def _log_uniform(rng: random.Random, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def _int32(ids: Any) -> np.ndarray:
