@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from tests.ports import free_ports
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
 """Debian's packages that it needs."""
@@ -76,7 +77,7 @@ def running(on_disk: bool = False) -> Iterator[dict[str, str]]:
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="radosgw-")))
-        mon_port, port = _free_ports(2)
+        mon_port, port = free_ports(2)
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
         access, secret = secrets.token_hex(8), secrets.token_hex(16)
         (folder / "osd").mkdir()
@@ -108,12 +109,6 @@ def running(on_disk: bool = False) -> Iterator[dict[str, str]]:
             # This version of it does not know the checksums that clients have since come to send with every object.
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
         }
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from d2l.catalogue import Catalogue, Event
 from d2l.storage import Storage
 from d2l.store import AdapterStore
 from tests import radosgw
+from tests.ports import free_ports
 
 _QUESTION = "What is this page about? Answer in one sentence."
 _CLI = (sys.executable, "-m", "pipelines.cli")
@@ -206,8 +206,7 @@ def served_answers(job: Job, events: list[Event]) -> dict[str, str]:
 
 @contextmanager
 def _serving(job: Job) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with (job.folder / "serve.log").open("w") as log:
         command = [*_CLI, "serve", "--store", job.store.storage.root, "--port", str(port)]
         process = subprocess.Popen(command, cwd=job.folder, start_new_session=True, stdout=log, stderr=log)

@@ -1,7 +1,6 @@
 """The served endpoint, through the official client: real Ray Serve, tiny random models in fp32."""
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from d2l.generation import SamplingConfig, generate
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.store import AdapterStore
 from serve.app import ServeConfig, run
+from tests.ports import free_ports
 
 ALIAS = "tiny/llama"
 QUESTION = "What is the magic number?"
@@ -79,8 +79,7 @@ def random_hypernetwork(base: BaseModel) -> Hypernetwork:
 def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     store = tmp_path_factory.mktemp("store")
     library = DocToLora(tiny_llama, random_hypernetwork(tiny_llama))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     config = ServeConfig(
         str(store),
         tiny_llama.name,

@@ -1,6 +1,5 @@
 """`base:auto`: documents chosen by meaning, with a real embedding model and a tiny random base model."""
 
-import socket
 import time
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from serve.app import ServeConfig, run
 from tests.integration.test_serve import random_hypernetwork
+from tests.ports import free_ports
 
 TEXTS = {
     "bees": "Honey bees live in hives. A worker bee gathers nectar and makes honey; the queen lays the eggs.",
@@ -45,8 +45,7 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("auto")
     hypernetwork = random_hypernetwork(tiny_llama)
     hypernetwork.save_pretrained(folder / "hypernetwork")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     config = ServeConfig(
         str(folder / "store"),
         tiny_llama.name,

@@ -1,7 +1,6 @@
 """Documents, keys and tenants through HTTP: two gateways, so that what one is told the other has to know."""
 
 import json
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from serve.app import ServeConfig, run
 from serve.catalogue.keys import AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
 from tests.integration.test_serve import random_hypernetwork
+from tests.ports import free_ports
 from tests.unit.test_extract import filled, pdf, word
 
 QUESTION = "What is the magic number?"
@@ -87,8 +87,7 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
         name: add_key(AddKeyConfig(file=str(keys_file), tenant=name, limits=limit))["key"]
         for name, limit in limits.items()
     }
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     config = ServeConfig(
         str(folder / "store"),
         tiny_llama.name,

@@ -72,19 +72,20 @@ def test_the_model_is_left_as_it_was(tiny_llama: BaseModel):
 
 def test_batches_of_two_threads_leave_the_model_as_it_was(tiny_llama: BaseModel) -> None:
     before = tiny_llama.model.config._attn_implementation
-    inside, leave = threading.Event(), threading.Event()
+    inside, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
 
-    def attend() -> None:
+    def attend(number: int) -> None:
         with attending(tiny_llama):
-            inside.set()
-            leave.wait(5)
+            inside[number].set()
+            leave[number].wait(10)
 
-    first = threading.Thread(target=attend)
-    first.start()
-    inside.wait(5)
-    second = threading.Thread(target=attend)
-    second.start()
-    leave.set()
-    first.join()
-    second.join()
+    threads = [threading.Thread(target=attend, args=[number]) for number in (0, 1)]
+    threads[0].start()
+    assert inside[0].wait(10)
+    threads[1].start()
+    assert not inside[1].wait(0.2)  # were it inside too, it would leave what it found
+    for event, thread in zip(leave, threads, strict=True):
+        event.set()
+        thread.join()
+    assert inside[1].is_set()
     assert tiny_llama.model.config._attn_implementation == before
