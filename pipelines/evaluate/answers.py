@@ -7,14 +7,19 @@ trials: `needle_trial`, `qa_trial`.
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Generic, Literal, TypeVar
+
+from mlflow.tracking import MlflowClient
 
 from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
 from pipelines import tracking
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.tracking import TrackingConfig
 
 Setting = TypeVar("Setting")
@@ -74,7 +79,7 @@ class Evaluation(Generic[Setting]):
         return Evaluation(setting, from_dict(TrackingConfig, values.get("tracking", {}), f"{path}: tracking"))
 
     @staticmethod
-    def open(folder: Path, setting: Setting, name: str, config: Any) -> TrackingConfig:
+    def open(folder: Path, setting: Setting, name: str, config: EvaluateConfig) -> TrackingConfig:
         """The MLflow run of the folder: the one it has, or a new one with this name and the parameters of `config`.
 
         Raises:
@@ -152,3 +157,45 @@ class AnswerLog(Generic[Trial]):
                     raise UserError(
                         f"{where}: not JSON ({error}); delete the line, its document is asked again"
                     ) from None
+
+
+@dataclass(frozen=True)
+class Running(Generic[Trial]):
+    """An evaluation that goes on: where it is kept."""
+
+    folder: Path
+    """Its folder."""
+    run_id: str
+    """Its MLflow run."""
+    client: MlflowClient
+    """For that run."""
+    log: AnswerLog[Trial]
+    """What was answered so far."""
+
+    def keep(self, paths: list[Path]) -> None:
+        """Put the answers and other files on record."""
+        for path in (self.log.path, *paths):
+            self.client.log_artifact(self.run_id, str(path))
+
+
+@contextmanager
+def running(setting: Any, trial: type[Trial], name: str, config: EvaluateConfig) -> Iterator[Running[Trial]]:
+    """Begin an evaluation, or go on with the one in `config.output`, while the context lasts.
+
+    Args:
+        setting: what is asked of whom.
+        trial: the dataclass of its trials.
+        name: of a new MLflow run.
+        config: all of its options.
+
+    Raises:
+        UserError: the folder holds answers of another setting, or cannot be written.
+    """
+    with ExitStack() as stack:
+        folder = (config.output or Path(stack.enter_context(TemporaryDirectory()))).absolute()
+        record = Evaluation.open(folder, setting, name, config)
+        client = stack.enter_context(tracking.closing(record))
+        client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
+        log = AnswerLog(folder, trial)
+        log.repair()
+        yield Running(folder, record.run_id, client, log)

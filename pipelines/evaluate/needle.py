@@ -10,10 +10,8 @@ it stopped, and with more lengths or samples it adds those.
 
 import dataclasses
 import hashlib
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +26,9 @@ from d2l.config import from_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.tasks.needle import NeedleConfig
-from pipelines import cluster, tracking
+from pipelines import cluster
 from pipelines.evaluate import needle_report
-from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.answers import AnswerLog, running
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.needle_examiner import Examiner, haystack_texts
 from pipelines.evaluate.needle_scores import Score, scores
@@ -86,25 +84,18 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
     prose = str(Path(config.prose).absolute()) if config.prose and "://" not in config.prose else config.prose
     config = dataclasses.replace(config, hypernetwork=config.hypernetwork.absolute(), prose=prose)
     setting = _check(config)
-    with ExitStack() as stack:
-        passing = None if config.output else stack.enter_context(tempfile.TemporaryDirectory())
-        folder = Path(passing or config.output or "").absolute()
-        record = Evaluation.open(folder, setting, f"needle-{config.haystack}-{config.needles}", config)
-        client = stack.enter_context(tracking.closing(record))
-        client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
-        log = AnswerLog(folder, Trial)
-        log.repair()
+    with running(setting, Trial, f"needle-{config.haystack}-{config.needles}", config) as evaluation:
+        log = evaluation.log
         done = {(trial.length, trial.seed) for trial in log.read()}
         tasks = _tasks(config)
         if pending := [task for task in tasks if (task["length"], task["seed"]) not in done]:
             cluster.connect()
             _run(config, pending, len(tasks), log)
         trials = list(log.read())
-        about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [record.run_id]}
-        result = needle_report.write(folder, trials, about)
-        _log_metrics(client, record.run_id, scores(trials))
-        for path in (log.path, *needle_report.files(folder)):
-            client.log_artifact(record.run_id, str(path))
+        about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
+        result = needle_report.write(evaluation.folder, trials, about)
+        _log_metrics(evaluation.client, evaluation.run_id, scores(trials))
+        evaluation.keep(needle_report.files(evaluation.folder))
     return result
 
 

@@ -15,9 +15,7 @@ Answers are written down as they come: the same command into the same folder con
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,9 @@ from d2l.base_model import BUNDLED_MODELS
 from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
-from pipelines import cluster, tracking
+from pipelines import cluster
 from pipelines.evaluate import qa_data, qa_report
-from pipelines.evaluate.answers import AnswerLog, Evaluation
+from pipelines.evaluate.answers import AnswerLog, running
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.qa_data import Exam
 from pipelines.evaluate.qa_examiner import Examiner
@@ -118,14 +116,8 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
     # Actors may run in other folders.
     config = replace(config, **{name: folder.absolute() for name, folder in folders.items() if folder})
     setting = _check(config, qa_data.digest(exams))
-    with ExitStack() as stack:
-        passing = None if config.output else stack.enter_context(tempfile.TemporaryDirectory())
-        folder = Path(passing or config.output or "").absolute()
-        record = Evaluation.open(folder, setting, name, config)
-        client = stack.enter_context(tracking.closing(record))
-        client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
-        log = AnswerLog(folder, Trial)
-        log.repair()
+    with running(setting, Trial, name, config) as evaluation:
+        log, folder = evaluation.log, evaluation.folder
         done = {(trial.group, trial.number) for trial in log.read()}
         batches = [b for b in _batches(exams) if any((exam.group, exam.number) not in done for exam in b)]
         if batches:
@@ -133,14 +125,13 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
             _run(config, batches, len(exams), done, log)
         trials = list(log.read())
         found, differences = scores(trials, config.rows)
-        about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [record.run_id]}
+        about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
         result = qa_report.write(folder, found, differences, about | {"devices": sorted({t.device for t in trials})})
         for score in found:
             for measure in ("f1", "exact_match", "recall", "rouge_l"):
                 key = f"{score.group.replace(' ', '_')}/{score.name}/{measure}"
-                client.log_metric(record.run_id, key, getattr(score, measure))
-        for path in (log.path, *qa_report.files(folder)):
-            client.log_artifact(record.run_id, str(path))
+                evaluation.client.log_metric(evaluation.run_id, key, getattr(score, measure))
+        evaluation.keep(qa_report.files(folder))
     return result
 
 
