@@ -3,9 +3,9 @@
 It is append-only: conversion and serving append events, and appends do not conflict. What is current follows from the
 events alone: a document's last `ready` or `deleted` by (created_at, adapter_id), in whatever order they arrive.
 
-A reader keeps in memory what can still be asked for: for each document the adapters that no `deleted` follows, about a
-kilobyte each; everything else (failures, embeddings, what was deleted) is read from the table on request. Tailing reads
-only data files that are new since the last `refresh`.
+A reader keeps in memory what can still be asked for: for each document the adapters that no `deleted` follows, the
+last one of each version and hypernetwork, about a kilobyte each; everything else (failures, embeddings, what was
+deleted) is read from the table on request. Tailing reads only data files that are new since the last `refresh`.
 """
 
 import sys
@@ -100,21 +100,28 @@ class Event:
 class _Document:
     """What is left of a document's events."""
 
-    ready: dict[str, Event] = field(default_factory=dict)
-    """Version -> its last adapter, where no `deleted` follows."""
+    ready: dict[tuple[str, str], Event] = field(default_factory=dict)
+    """Version and hypernetwork -> the last adapter, where no `deleted` follows."""
     deleted: tuple[datetime, str] | None = None
     """Order of the last `deleted`."""
 
     def apply(self, event: Event) -> None:
         if event.event == "deleted":
             self.deleted = max(self.deleted or event.order, event.order)
-            self.ready = {v: e for v, e in self.ready.items() if e.order > self.deleted}
+            self.ready = {key: e for key, e in self.ready.items() if e.order > self.deleted}
         elif not self.deleted or event.order > self.deleted:
-            last = max(self.ready.get(event.version, event), event, key=lambda e: e.order)
-            self.ready = self.ready | {event.version: last}  # replaced, not changed: other threads may be reading
+            key = event.version, event.hypernetwork
+            last = max(self.ready.get(key, event), event, key=lambda e: e.order)
+            self.ready = self.ready | {key: last}  # replaced, not changed: other threads may be reading
 
-    def current(self) -> Event | None:
-        return max(self.ready.values(), key=lambda e: e.order, default=None)
+    def last(self, version: str | None = None, hypernetwork: str | None = None) -> Event | None:
+        """The last adapter, of any version or hypernetwork where None is given."""
+        wanted = (
+            event
+            for event in self.ready.values()
+            if version in (None, event.version) and hypernetwork in (None, event.hypernetwork)
+        )
+        return max(wanted, key=lambda e: e.order, default=None)
 
 
 class _ExactReads(pyarrow.fs.FSSpecHandler):
@@ -211,15 +218,36 @@ class Catalogue:
         """The current adapter of every document that has one, of all tenants or of one."""
         for owner in list(self._documents) if tenant is None else [tenant]:
             for document in list(self._documents.get(owner, {}).values()):
-                if event := document.current():
+                if event := document.last():
                     yield event
 
-    def resolve(self, tenant: str, doc_id: str, version: str | None = None) -> Event | None:
-        """The document's current adapter, or that of a given version; None where there is none or it was deleted."""
+    def resolve(
+        self, tenant: str, doc_id: str, version: str | None = None, hypernetwork: str | None = None
+    ) -> Event | None:
+        """The document's current adapter; None where there is none or it was deleted.
+
+        Args:
+            tenant: whose document.
+            doc_id: the document.
+            version: only adapters of this version of its text.
+            hypernetwork: only adapters that this one made (a fingerprint).
+        """
         document = self._documents.get(tenant, {}).get(doc_id)
-        if document is None:
-            return None
-        return document.current() if version is None else document.ready.get(version)
+        return document.last(version, hypernetwork) if document else None
+
+    def resolve_together(self, tenant: str, documents: Sequence[tuple[str, str | None]]) -> list[Event | None]:
+        """As `resolve`, of documents and versions whose adapters are to be composed, so have to be of one hypernetwork.
+
+        While documents move from one hypernetwork to another, that is the one of the newest adapter for which all of
+        these documents have adapters, in the versions that are current. Where there is none, they stay mixed.
+        """
+        found = [self.resolve(tenant, doc_id, version) for doc_id, version in documents]
+        current = [event for event in found if event]
+        for hypernetwork in dict.fromkeys(e.hypernetwork for e in sorted(current, key=lambda e: e.order, reverse=True)):
+            same = [self.resolve(tenant, e.doc_id, e.version, hypernetwork) for e in current]
+            if all(same) and len(same) == len(found):
+                return same
+        return found
 
     def history(self, tenant: str, doc_id: str) -> list[Event]:
         """All events of a document, oldest first, failures and embeddings included; read from the table."""

@@ -1,12 +1,13 @@
-"""`d2l catalogue list|show|history|vacuum|erase`: what is in a store, what happened to it, and what may go."""
+"""`d2l catalogue list|show|history|promote|vacuum|erase`: what a store has, what is current of it, and what may go."""
 
 import dataclasses
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from d2l import vacuum as store_vacuum
@@ -20,6 +21,8 @@ _PRINTED = {
     "events": ("event", "version", "tokens", "rank", "hypernetwork", "stage", "reason", "created_at"),
 }
 """Columns that fit a terminal; with --json there are more."""
+_COMMIT = 10_000
+"""Events of a commit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,20 @@ class HistoryConfig(_StoreConfig):
     """Its id."""
     tenant: str = "default"
     """Whose document it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteConfig(_StoreConfig):
+    """The hypernetwork whose adapters are to be current."""
+
+    hypernetwork: tyro.conf.Positional[str]
+    """Its fingerprint, as `d2l catalogue show` and `history` tell it."""
+    tenant: str = "default"
+    """Whose documents."""
+    documents: tuple[str, ...] = ()
+    """Only these; all by default."""
+    dry_run: bool = False
+    """Only count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +145,38 @@ def history(config: HistoryConfig) -> dict[str, Any]:
     return {"current": current.version if current else None, "events": [_row(event) for event in events]}
 
 
+def promote(config: PromoteConfig) -> dict[str, Any]:
+    """Make the adapters that a hypernetwork made current again, for the documents that have one of their current text.
+
+    So traffic goes back to an old hypernetwork, or forward again, without a restart: it is new events of old adapters,
+    which servers see within seconds. Other documents stay as they are.
+
+    Returns:
+        How many documents were `promoted`, `were_current` already, and have `no_adapter` of this hypernetwork.
+
+    Raises:
+        UserError: there is no catalogue, it has no such document, or the storage fails.
+    """
+    catalogue = Catalogue.existing(config.store)
+    current = {event.doc_id: event for event in catalogue.current(config.tenant)}
+    if unknown := sorted(set(config.documents) - set(current)):
+        raise UserError(f"{unknown[0]}: no such document of tenant {config.tenant} in {config.store}")
+    chosen = [current[doc_id] for doc_id in config.documents or current]
+    other = [event for event in chosen if event.hypernetwork != config.hypernetwork]
+    earlier = (catalogue.resolve(config.tenant, e.doc_id, e.version, config.hypernetwork) for e in other)
+    moves = [(now, then) for now, then in zip(other, earlier, strict=True) if then]
+    if not config.dry_run:
+        vectors = _vectors(catalogue, config.tenant, {now.embedding_model for now, _ in moves} - {""})
+        for start in range(0, len(moves), _COMMIT):
+            catalogue.append([_again(*move, vectors) for move in moves[start : start + _COMMIT]])
+    return {
+        "promoted": len(moves),
+        "were_current": len(chosen) - len(other),
+        "no_adapter": len(other) - len(moves),
+        "catalogue_version": catalogue.version,
+    }
+
+
 def vacuum(config: VacuumConfig) -> dict[str, Any]:
     """Remove adapters that nobody can ask for any more (see `d2l.vacuum`).
 
@@ -157,6 +206,26 @@ def print_report(report: dict[str, Any]) -> None:
             rows = [{name: row[name] for name in columns if name in row} for row in report[table]]
             report = report | {table: rows}
     print_all(report)
+
+
+def _vectors(catalogue: Catalogue, tenant: str, models: set[str]) -> dict[str, np.ndarray]:
+    """Document id -> embedding of its current text, by whichever of the models made it."""
+    vectors: dict[str, np.ndarray] = {}
+    for model in models:
+        events, found = catalogue.embeddings(tenant, model)
+        vectors |= {event.doc_id: vector for event, vector in zip(events, found, strict=True)}
+    return vectors
+
+
+def _again(now: Event, then: Event, vectors: dict[str, np.ndarray]) -> Event:
+    """An event that makes an earlier adapter current, with the embedding of the present one: the text is the same."""
+    vector = vectors.get(now.doc_id)
+    return dataclasses.replace(
+        then,
+        embedding=None if vector is None else vector.tolist(),
+        embedding_model=now.embedding_model,
+        created_at=max(datetime.now(UTC), now.created_at + timedelta(microseconds=1)),
+    )
 
 
 def _confirm(warning: str) -> None:

@@ -99,6 +99,9 @@ COMMANDS = {
         "all that happened to a document",
         "pipelines.catalogue:print_report",
     ),
+    "catalogue promote": _Command(
+        "pipelines.catalogue:promote", "PromoteConfig", "move documents to another hypernetwork's adapters, or back"
+    ),
     "catalogue vacuum": _Command(
         "pipelines.catalogue:vacuum", "VacuumConfig", "remove adapters that nobody can ask for any more"
     ),

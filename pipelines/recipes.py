@@ -148,14 +148,19 @@ def facts() -> Recipe:
 
 
 def qa() -> Recipe:
-    """Answer questions about documents of a training set; repeating them teaches to keep what they say."""
-    mixture = (Share(QuestionsTask(), 0.5), Share(RepeatTask(), 0.3), Share(NeedleTask(60, 512, keyed=0.6), 0.2))
+    """Answer questions about documents of a training set: by way of generated facts, then both, then longer documents.
+
+    Made to go on from a hypernetwork that finds needles (`--init-from`), which learns facts several times faster.
+    """
+    short, needles = (NeedleTask(60, tokens, keyed=0.6, prose=0.5) for tokens in (256, 400))
+    repeat = RepeatTask(max_tokens=128)
+    easy, hard, many = (FactsTask(max_facts=n, sentences=0.2) for n in (4, 16, 64))
+    facts = (Share(easy, 0.6), Share(repeat, 0.15), Share(short, 0.25))
+    questions = (Share(QuestionsTask(), 0.35), Share(hard, 0.3), Share(repeat, 0.15), Share(needles, 0.2))
+    long = (Share(NeedleTask(256, 3072, keyed=0.6, prose=0.5), 0.6), Share(QuestionsTask(), 0.25), Share(many, 0.15))
     return Recipe(
         hypernetwork=_HYPERNETWORK,
-        stages=(
-            Stage(1000, mixture, batch_tokens=2048),
-            Stage(1000, mixture, batch_tokens=4096, chunk_counts=(0.5, 0.25, 0.25)),
-        ),
+        stages=(Stage(350, facts, 320), Stage(650, questions, 512), Stage(50, long, 3072)),
     )
 
 

@@ -172,7 +172,8 @@ def build(config: ServeConfig) -> serve.Application:
             ray_actor_options={"num_cpus": config.cpus_per_internalizer, "num_gpus": config.gpus_per_internalizer},
             max_ongoing_requests=ongoing,
             max_queued_requests=config.max_queued_requests,
-        ).bind(store, hypernetwork, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype, embedding)
+            user_config={"hypernetwork": hypernetwork},
+        ).bind(store, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype, embedding)
     selector = None
     if embedding:
         selector = Selector.options(

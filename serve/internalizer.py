@@ -1,7 +1,8 @@
 """The internalizer deployment: documents to adapters in the store, by the library's code path.
 
 Short documents of several callers share a batch; a long one has its own, so that no short one waits for it to be
-finished with. One thread touches the model at a time.
+finished with. One thread touches the model at a time. The hypernetwork is `user_config`: another one takes over without
+a restart, and what has begun with the one before is finished with it.
 """
 
 import asyncio
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from ray import serve
 
 from d2l.adapter import Adapter
+from d2l.base_model import load_base_model
 from d2l.catalogue import Event
 from d2l.embedding import Embedder, EmbeddingModel
 from d2l.errors import UserError
+from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import Document
 from d2l.model import DocToLora
 from d2l.store import AdapterStore, adapter_id
@@ -41,19 +44,23 @@ class Internalizer:
 
     Args:
         store: root of the adapter store.
-        hypernetwork: checkpoint folder.
         base: name of the base model.
         device: where both run.
         dtype: of compute and adapters.
         embedding: name of the embedding model; None for no embeddings.
     """
 
-    def __init__(self, store: str, hypernetwork: str, base: str, device: str, dtype: str, embedding: str | None):
-        self._model = DocToLora.from_pretrained(hypernetwork, base, device, dtype)
-        self._fingerprint = self._model.hypernetwork.fingerprint()
+    def __init__(self, store: str, base: str, device: str, dtype: str, embedding: str | None):
+        self._base = load_base_model(base, device, dtype)
+        self._maker: _Maker | None = None
         self._store = AdapterStore(store)
         self._embedder = Embedder(EmbeddingModel.of(embedding), device) if embedding else None
         self._computing = asyncio.Lock()
+
+    async def reconfigure(self, config: dict[str, str]) -> None:
+        """Called by Serve with `user_config`: `hypernetwork` is a checkpoint folder."""
+        hypernetwork = await asyncio.to_thread(Hypernetwork.from_pretrained, config["hypernetwork"], self._base)
+        self._maker = _Maker(DocToLora(self._base, hypernetwork), self._computing)
 
     async def internalize(self, work: Internalization) -> Event:
         """The event to commit: the adapter is in the store.
@@ -62,11 +69,13 @@ class Internalizer:
             ApiError: the document is too long (413), or the storage fails (503).
             UserError: it cannot be internalized.
         """
-        await asyncio.to_thread(self._check_length, work)
-        target = self._target(work)
+        maker = self._maker
+        assert maker is not None  # Serve calls `reconfigure` first
+        await asyncio.to_thread(maker.check_length, work)
+        target = maker.target(work)
         adapter = await self._stored(work.tenant, target)
         if adapter is None:
-            found = (await self._alone([work]))[0] if work.long else await self._together(work)
+            found = await (maker.alone(work) if work.long else maker.together(work))
             if isinstance(found, UserError):
                 raise found
             adapter = found
@@ -107,20 +116,31 @@ class Internalizer:
         async with self._computing:
             return (await asyncio.to_thread(self._embedder, [work.text]))[0].tolist()
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
-    async def _together(self, works: list[Internalization]) -> list[Adapter | UserError]:
-        return await self._alone(works)
 
-    async def _alone(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
+class _Maker:
+    """A hypernetwork, and the documents that wait for it."""
+
+    def __init__(self, model: DocToLora, computing: asyncio.Lock):
+        self._model, self._computing = model, computing
+        self._fingerprint = model.hypernetwork.fingerprint()
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
+    async def together(self, works: list[Internalization]) -> list[Adapter | UserError]:
         """Adapters, or why there is none, in order."""
         async with self._computing:
             return await asyncio.to_thread(self._compute, works)
 
-    def _compute(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
-        results = dict(self._model.internalizer.stream(Document(work.text, work.doc_id) for work in works))
-        return [results[i] for i in range(len(works))]
+    async def alone(self, work: Internalization) -> Adapter | UserError:
+        """The same for a document by itself."""
+        async with self._computing:
+            return (await asyncio.to_thread(self._compute, [work]))[0]
 
-    def _check_length(self, work: Internalization) -> None:
+    def check_length(self, work: Internalization) -> None:
+        """Whether the document is short enough.
+
+        Raises:
+            ApiError: 413, it is not.
+        """
         most = self._model.hypernetwork.config.chunking.max_document_tokens
         if len(work.text.encode()) <= most:  # a token has a byte at least
             return
@@ -129,7 +149,8 @@ class Internalizer:
             message = f"The document has {tokens:,} tokens; this server takes {most:,} at most. Split it."
             raise ApiError(413, message, "document_too_long")
 
-    def _target(self, work: Internalization) -> str:
+    def target(self, work: Internalization) -> str:
+        """The id of the document's adapter."""
         model = self._model
         return adapter_id(
             Document(work.text).digest,
@@ -139,3 +160,7 @@ class Internalizer:
             work.extractor,
             str(model.base.dtype).removeprefix("torch."),
         )
+
+    def _compute(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
+        results = dict(self._model.internalizer.stream(Document(work.text, work.doc_id) for work in works))
+        return [results[i] for i in range(len(works))]

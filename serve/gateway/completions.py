@@ -119,10 +119,10 @@ class _Answers:
             raise _not_found(model, "/v1/models lists those that do")
         if name.auto:
             return await self._chosen(model, tenant, question)
-        resolve = self._backend.directory.catalogue.resolve
+        documents = [(wanted.doc_id, wanted.version) for wanted in name.documents]
+        found = self._backend.directory.catalogue.resolve_together(tenant, documents)
         events = []
-        for wanted in name.documents:
-            event = resolve(tenant, wanted.doc_id, wanted.version)
+        for wanted, event in zip(name.documents, found, strict=True):
             if event is None:
                 what = f"document {shown(wanted.doc_id)}" + (f" in version {wanted.version}" if wanted.version else "")
                 raise _not_found(model, f"there is no {what}")

@@ -64,10 +64,10 @@ class Server:
         return self.library.generate(question, adapter, SamplingConfig(max_tokens))
 
 
-def random_hypernetwork(base: BaseModel) -> Hypernetwork:
+def random_hypernetwork(base: BaseModel, seed: int = 0) -> Hypernetwork:
     """One whose adapters change answers."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         hypernetwork = Hypernetwork(HypernetworkConfig(scale=4.0), base).eval()
         with torch.no_grad():
             for weights in hypernetwork.parameters():

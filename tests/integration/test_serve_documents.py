@@ -14,13 +14,14 @@ import requests
 from ray import serve
 
 from d2l import DocToLora
-from d2l.adapter import Adapter
+from d2l.adapter import Adapter, compose
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue, Event
 from d2l.extract import TEXT, extractor_of
 from d2l.generation import SamplingConfig
 from d2l.internalize import InternalizeConfig
 from d2l.store import AdapterStore, adapter_id
+from pipelines.catalogue import PromoteConfig, promote
 from serve.app import ServeConfig, run
 from serve.catalogue.keys import AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
@@ -177,6 +178,39 @@ def test_bulk_changes_are_seen_within_5_s(server: Server) -> None:
     Catalogue(server.store).append([Event("acme", "bulk", "0" * 12, "ready", "ab" * 8)])
     time.sleep(5)
     assert server.answers("tiny:bulk") == {server.expected(server.library.internalize(text))}
+
+
+def test_documents_move_to_another_hypernetwork_and_back(server: Server, tiny_llama: BaseModel) -> None:
+    other = DocToLora(tiny_llama, random_hypernetwork(tiny_llama, seed=1))
+    texts = {"ebb": "The tide goes out at noon.", "flow": "The tide comes in at seven."}
+    old = {doc_id: server.library.internalize(text) for doc_id, text in texts.items()}
+    new = {doc_id: other.internalize(text) for doc_id, text in texts.items()}
+    for doc_id, text in texts.items():
+        server.upload(doc_id, text)
+
+    def convert(doc_id: str) -> None:
+        """As a job does it."""
+        adapter, target = new[doc_id], doc_id.encode().hex() * 4
+        AdapterStore(server.store).put("acme", target, adapter)
+        origin = adapter.provenance
+        event = Event("acme", doc_id, origin.text_digest[:12], "ready", target, hypernetwork=origin.hypernetwork)
+        Catalogue(server.store).append([event])
+        time.sleep(5)
+
+    def served(*wanted: Adapter) -> None:
+        names = ["tiny:ebb", "tiny:flow", "tiny:ebb+flow"]
+        assert [server.answers(name) for name in names] == [{server.expected(adapter)} for adapter in wanted]
+
+    served(old["ebb"], old["flow"], compose(list(old.values())))
+    convert("ebb")
+    served(new["ebb"], old["flow"], compose(list(old.values())))
+    convert("flow")
+    served(new["ebb"], new["flow"], compose(list(new.values())))
+    fingerprint = server.library.hypernetwork.fingerprint()
+    back = PromoteConfig(store=str(server.store), hypernetwork=fingerprint, tenant="acme", documents=tuple(texts))
+    assert promote(back)["promoted"] == 2
+    time.sleep(5)
+    served(old["ebb"], old["flow"], compose(list(old.values())))
 
 
 def test_many_upload_at_once(server: Server) -> None:

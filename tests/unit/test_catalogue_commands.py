@@ -88,6 +88,34 @@ def test_history(d2l: Any) -> None:
     assert (told["current"], [event["adapter_id"] for event in told["events"]]) == (V2, [digest(1), digest(2)])
 
 
+def test_promote(d2l: Any, store: str) -> None:
+    old, new = "f" * 16, "e" * 16
+    catalogue = Catalogue(store)
+    vector = {"embedding": [0.5, 0.5], "embedding_model": "m@1"}
+    catalogue.append([Event("default", "a", V2, "ready", digest(5), hypernetwork=new, **vector)])  # type: ignore[arg-type]
+    catalogue.append([Event("default", "new", V1, "ready", digest(6), hypernetwork=new)])
+    told = d2l("promote", old, "--dry-run")
+    assert {name: told[name] for name in ("promoted", "were_current", "no_adapter")} == {
+        "promoted": 1,
+        "were_current": 1,
+        "no_adapter": 1,
+    }
+    assert d2l("show", "a")["adapter_id"] == digest(5)
+    d2l("promote", old)
+    assert (d2l("show", "a")["adapter_id"], d2l("show", "new")["adapter_id"]) == (digest(2), digest(6))
+    events, [found] = Catalogue(store).embeddings("default", "m@1")
+    assert ([e.adapter_id for e in events], found.tolist()) == ([digest(2)], [0.5, 0.5])
+    assert d2l("promote", old)["promoted"] == 0
+    assert d2l("promote", new, "--documents", "a")["promoted"] == 1
+    assert d2l("show", "a")["adapter_id"] == digest(5)
+
+
+def test_promote_what_is_not_there(d2l: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        d2l("promote", "f" * 16, "--documents", "nobody")
+    assert "nobody: no such document" in capsys.readouterr().err
+
+
 def test_vacuum(d2l: Any) -> None:
     assert d2l("vacuum")["removed"] == 0
     dry = d2l("vacuum", "--grace", "0", "--dry-run")
