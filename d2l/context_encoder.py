@@ -4,7 +4,7 @@ Three kinds, of which a generator needs one:
 
 - `early_exit`: the residual stream after the first layers, one tensor for all heads (Doc-to-LoRA, needle setting);
 - `per_layer`: the streams between all layers but the last, layer l's for layer l's adapter (Doc-to-LoRA, QA setting);
-- `activations`: the streams entering the adapted layers, and the inputs of the target modules in them.
+- `activations`: the streams entering the first and the adapted layers, and the inputs of the target modules in these.
 
 In all of them the last stream has gone through the model's final norm. Only the layers needed are run, on the base
 model's own weights: a decoder with fewer layers shares them and costs no memory.
@@ -46,6 +46,8 @@ class Features:
     """[chunks, tokens] bool: the document's own tokens."""
     streams: tuple[Tensor, ...] = ()
     """`per_layer`, `activations`: the stream entering each (adapted) layer, [chunks, tokens, d] each."""
+    embedded: Tensor | None = None
+    """`activations`: the stream entering the first layer, [chunks, tokens, d]: the tokens' embeddings."""
     inputs: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """`activations`: per target module, its input in each adapted layer, [chunks, tokens, d_in] each."""
 
@@ -96,15 +98,23 @@ class ContextEncoder:
     def __call__(self, batch: ChunkBatch) -> Features:
         """Encode chunks; causal attention makes the padding on the right invisible."""
         streams: list[Tensor] = []
+        embedded: list[Tensor] = []
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.targets}
         with ExitStack() as stack:
             if self.kind != "early_exit":
                 stack.enter_context(_recording(self.read_layers, streams))
+            if self.kind == "activations":
+                stack.enter_context(_recording(self.layers[:1], embedded))
             for name, modules in self.targets.items() if self.kind == "activations" else ():
                 stack.enter_context(_recording(modules, inputs[name]))
             final = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
         return Features(
-            final, batch.mask, batch.content, tuple(streams), {name: tuple(seen) for name, seen in inputs.items()}
+            final,
+            batch.mask,
+            batch.content,
+            tuple(streams),
+            embedded[0] if embedded else None,
+            {name: tuple(seen) for name, seen in inputs.items()},
         )
 
 

@@ -24,7 +24,7 @@ from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

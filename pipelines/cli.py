@@ -125,6 +125,9 @@ COMMANDS = {
     "bench serve": _Command(
         "pipelines.bench.serve:bench_serve", "BenchServeConfig", "tokens per second and first token with many adapters"
     ),
+    "bench load": _Command(
+        "pipelines.bench.load:bench_load", "BenchLoadConfig", "the endpoint at saturation, beside Serve's multiplexing"
+    ),
     "bench route": _Command(
         "pipelines.bench.route:bench_route", "BenchRouteConfig", "simulated: how requests find replicas of a cluster"
     ),

@@ -160,7 +160,7 @@ def qa() -> Recipe:
     long = (Share(NeedleTask(256, 3072, keyed=0.6, prose=0.5), 0.6), Share(QuestionsTask(), 0.25), Share(many, 0.15))
     return Recipe(
         hypernetwork=_HYPERNETWORK,
-        stages=(Stage(350, facts, 320), Stage(650, questions, 512), Stage(50, long, 3072)),
+        stages=(Stage(200, facts, 320), Stage(480, questions, 512), Stage(30, long, 3072)),
     )
 
 

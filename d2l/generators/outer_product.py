@@ -3,12 +3,14 @@
 The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
 
     key_t   = unit(c_t * diag + up(down(c_t))),                    c_t = m's input at t minus its mean over the chunk
-    value_t = W2 silu(W1 z_t) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, final_t]
+    value_t = (W2 silu(W1 z_t) + copy * h0_t+1) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, final_t]
 
-where h is the residual stream entering the layer and each part is RMS-normalised; A = keys, B = values, so
+where h is the residual stream entering the layer, h0 that entering the first one (the token's embedding), and each part
+is RMS-normalised; `copy` is a vector: adding the next token's embedding to the stream is what says the token where the
+head is tied to the embeddings, and need not go through the MLP's bottleneck. A = keys, B = values, so
 delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv 2102.11174; compare
-Generative Adapter, arXiv 2411.05877). W2 starts at zero, so an untrained generator changes nothing. The rank is the
-number of tokens; internalizing compresses it.
+Generative Adapter, arXiv 2411.05877). W2 and `copy` start at zero, so an untrained generator changes nothing. The rank
+is the number of tokens; internalizing compresses it.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from torch.nn import functional as F
 from d2l.context_encoder import Features
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
+
+
+_COPY_RATE = 10.0
+"""`copy` is learned by so much faster than other weights: it has to become of the order of 1."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,13 @@ class Generator(nn.Module):
         padding_NT1 = ~features.mask.unsqueeze(-1)
         # Without padding, so that a last token that no suffix follows has the same successor in every batch: zeros.
         streams = [_unit_rms(h).masked_fill_(padding_NT1, 0) for h in features.streams]
+        assert features.embedded is not None
+        following = _shift(_unit_rms(features.embedded).masked_fill_(padding_NT1, 0))
         factors = {}
         for name, writers in self.writers.items():
             assert isinstance(writers, nn.ModuleList)
             pairs = [
-                writer(x, h, final, weights_N1T)
+                writer(x, h, final, following, weights_N1T)
                 for writer, x, h in zip(writers, features.inputs[name], streams, strict=True)
             ]
             factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
@@ -79,20 +87,31 @@ class _Writer(nn.Module):
         self.stream_in = nn.Linear(hidden_size, 2 * (config.value_width + 1), bias=False)
         self.final_in = nn.Linear(hidden_size, config.value_width + 1)
         self.value_out = nn.Linear(config.value_width, d_out, bias=False)
+        self.copy = nn.Parameter(torch.zeros(d_out)) if d_out == hidden_size else None
         gates = (self.final_in.weight[:1], self.stream_in.weight[:: config.value_width + 1])
         for part in (self.value_out.weight, self.final_in.bias, *gates):
             nn.init.zeros_(part)
 
-    def forward(self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, weights_N1T: Tensor) -> LowRank:
+    def forward(
+        self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, embedded_NTd: Tensor, weights_N1T: Tensor
+    ) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi
         key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
         # The key's norm divides the value: a pass over the narrower of the two, and the same outer product.
         norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
         own, following = self.stream_in(h_NTd).chunk(2, -1)
-        hidden = self.final_in(final_NTd) + own + F.pad(following[:, 1:], (0, 0, 0, 1))
+        hidden = self.final_in(final_NTd) + own + _shift(following)
         scale_NT1 = torch.sigmoid(hidden[..., :1]) * weights_N1T.sqrt().mT / norm_NT1
         value_NTo = self.value_out(F.silu(hidden[..., 1:]))
+        if self.copy is not None:
+            copy = (_COPY_RATE * self.copy).to(value_NTo.dtype)
+            value_NTo = torch.addcmul(value_NTo, embedded_NTd, copy)
         return LowRank(key_NTi, value_NTo * scale_NT1.to(value_NTo.dtype))
+
+
+def _shift(x_NTd: Tensor) -> Tensor:
+    """Each token's successor; zeros after the last."""
+    return F.pad(x_NTd[:, 1:], (0, 0, 0, 1))
 
 
 def _unit_rms(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
     name = base_model_of(config.hypernetwork)
     base = load_base_model(name)
     shapes = Hypernetwork.from_pretrained(config.hypernetwork, base).modules_shapes
-    adapters = {rank: [_random_adapter(base, shapes, rank) for _ in range(config.requests)] for rank in config.ranks}
+    adapters = {rank: [random_adapter(base, shapes, rank) for _ in range(config.requests)] for rank in config.ranks}
     batcher = Batcher(base, BatcherConfig(config.requests, max_batch_tokens=2**20))
     return {
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -181,7 +181,9 @@ def _first_token(
     return seconds | {"ratio": seconds["in_context"] / seconds["adapter"]} | sizes
 
 
-def _random_adapter(base: BaseModel, shapes: dict[str, tuple[int, int]], rank: int) -> Adapter:
+def random_adapter(base: BaseModel, shapes: dict[str, tuple[int, int]], rank: int) -> Adapter:
+    """An adapter of small random numbers in all layers, for what depends on sizes only."""
+
     def draw(width: int) -> torch.Tensor:
         return torch.randn(len(base.layers), rank, width, device=base.device).to(base.dtype) * 1e-3
 

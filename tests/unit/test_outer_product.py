@@ -27,7 +27,9 @@ def unit_rms(x: Tensor) -> Tensor:
     return x / (x.square().mean() + 1e-6).sqrt()
 
 
-def naive(w: dict[str, Tensor], inputs: Tensor, stream: Tensor, final: Tensor, document: range) -> Tensor:
+def naive(
+    w: dict[str, Tensor], inputs: Tensor, stream: Tensor, final: Tensor, embedded: Tensor, document: range
+) -> Tensor:
     """One module's update [d_out, d_in] from one chunk of real tokens."""
     mean = torch.stack([inputs[t] for t in document]).mean(0)
     update = torch.zeros(w["value_out.weight"].shape[0], inputs.shape[-1])
@@ -40,6 +42,8 @@ def naive(w: dict[str, Tensor], inputs: Tensor, stream: Tensor, final: Tensor, d
             hidden = hidden + part @ unit_rms(h)
         gate, hidden = hidden[0].sigmoid(), hidden[1:]
         value = w["value_out.weight"] @ (hidden * hidden.sigmoid())
+        if "copy" in w and t + 1 < len(embedded):
+            value = value + 10 * w["copy"] * unit_rms(embedded[t + 1])
         update += torch.outer(value * gate / len(document) ** 0.5, key)
     return update
 
@@ -61,9 +65,10 @@ def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: i
         for layer in range(layers):
             prefix = f"writers.{name}.{layer}."
             weights = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+            assert ("copy" in weights) == (name == "down_proj")  # the one that writes to the residual stream
             for chunk, length in enumerate(lengths):
                 real = features.mask[chunk]
-                seen = (features.inputs[name][layer], features.streams[layer], features.final)
+                seen = (features.inputs[name][layer], features.streams[layer], features.final, features.embedded)
                 document = range(len(affixes.prefix), len(affixes.prefix) + length)
                 expected = naive(weights, *(t[chunk][real] for t in seen), document)
                 torch.testing.assert_close(updates[name][layer, chunk].float(), expected, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,290 @@
+"""`d2l bench load`: the endpoint at saturation, for minutes, with more adapters than its engines can keep in memory.
+
+Clients ask over HTTP without pause, their documents drawn by Zipf's law, while others upload documents and ask about
+them at once. Then the same requests, uploads left out, go to the same engines behind Ray Serve's own model
+multiplexing: its cache of as many adapters, and its router.
+
+- `failures`: answers that were neither right in form nor an honest 429 with Retry-After;
+- `loads_per_1000`, `hits`: adapters read from disk per 1,000 requests, and the share of requests that found theirs;
+- `engine_mb`: resident memory of all engines after a fifth of the time and at the end.
+"""
+
+import asyncio
+import itertools
+import json
+import random
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from openai import APIError, AsyncOpenAI, RateLimitError
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from d2l.adapter import Adapter
+from d2l.base_model import load_base_model
+from d2l.catalogue import Catalogue, Event
+from d2l.hypernetwork import Hypernetwork, base_model_of
+from d2l.model import SHIPPED
+from d2l.store import AdapterStore
+from pipelines import cluster
+from pipelines.bench.serve import random_adapter
+from serve.app import APP_NAME, ServeConfig, run
+from serve.catalogue.deployment import CatalogueDeployment
+from serve.engine.adapter_cache import Key
+from serve.engine.batcher import BatcherConfig, Piece
+from serve.engine.deployment import Engine, EngineRequest
+from serve.engine.metrics import EngineMetrics
+from serve.gateway.deployment import Gateway
+
+_UPLOAD_EVERY_S = 10.0
+_SAMPLE_EVERY_S = 5.0
+_HITS, _LOADS = "ray_d2l_adapter_hits", "ray_d2l_adapter_loads"
+_METRICS_S = 15.0
+"""Until what engines count is in Ray's metrics."""
+
+
+@dataclass(frozen=True)
+class BenchLoadConfig:
+    """The load."""
+
+    hypernetwork: Path = SHIPPED
+    """Checkpoint for uploads, which says base model and target modules."""
+    seconds: float = 300
+    """How long, for each of the two."""
+    replicas: int = 2
+    """Engines."""
+    adapters: int = 500
+    """Documents that are asked about."""
+    rank: int = 16
+    """Rank of their adapters, whose numbers are random."""
+    cached: float = 0.1
+    """Share of their bytes that each engine may keep in memory."""
+    exponent: float = 1.0
+    """Of Zipf's law; 0 for documents that are all as popular."""
+    clients: int = 96
+    """Requests in flight."""
+    new_tokens: int = 8
+    """Length of each answer."""
+    max_batch_size: int = 16
+    """Requests that an engine decodes together."""
+    max_queued_requests: int = 16
+    """Requests that wait for an engine at most."""
+    port: int = 8000
+    """Port of the endpoint."""
+
+
+def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
+    """Failures, loads, latencies and memory, ours and Serve's."""
+    report = {}
+    cluster.connect(worker_output=False)
+    with TemporaryDirectory() as folder:
+        size = _fill(config, folder)
+        served = ServeConfig(
+            folder,
+            base_model_of(config.hypernetwork),
+            hypernetwork=str(config.hypernetwork),
+            port=config.port,
+            replicas=config.replicas,
+            max_batch_size=config.max_batch_size,
+            max_queued_requests=config.max_queued_requests,
+            adapter_cache_bytes=int(config.cached * config.adapters * size),
+            embedding="none",
+        )
+        for name, start in (("affinity", _serve), ("multiplexed", _serve_multiplexed)):
+            try:
+                start(config, served)
+                report[name] = asyncio.run(_Load(config, served).run(uploads=name == "affinity"))
+            finally:
+                serve.shutdown()
+    return report
+
+
+def _fill(config: BenchLoadConfig, folder: str) -> int:
+    """Store the adapters; the bytes of one in memory."""
+    base = load_base_model(base_model_of(config.hypernetwork), "cpu")
+    shapes = Hypernetwork.from_pretrained(config.hypernetwork, base).modules_shapes
+    adapter = random_adapter(base, shapes, config.rank)
+    store = AdapterStore(folder)
+    events = []
+    for number in range(config.adapters):
+        size = store.put("default", f"{number:016x}", adapter)
+        events.append(Event("default", f"page-{number}", f"{number:012x}", "ready", f"{number:016x}", bytes=size))
+    Catalogue(folder).append(events)
+    return adapter.nbytes
+
+
+def _serve(config: BenchLoadConfig, served: ServeConfig) -> None:
+    run(served, blocking=False)
+
+
+def _serve_multiplexed(config: BenchLoadConfig, served: ServeConfig) -> None:
+    """The same gateway and engines, but for where adapters are kept and how requests are routed."""
+    most = int(config.cached * config.adapters)
+    engine = _MultiplexedEngine.options(
+        num_replicas=served.replicas,
+        max_ongoing_requests=2 * served.max_batch_size,
+        max_queued_requests=served.max_queued_requests,
+    ).bind(most, served)
+    catalogue = CatalogueDeployment.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+    front = _Multiplexer.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000).bind(engine)
+    gateway = Gateway.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+    serve.start(http_options={"host": served.host, "port": served.port})
+    arguments = (front, catalogue.bind(served.store, None), None, None, served.store, served.alias, 0.0)
+    serve.run(gateway.bind(*arguments), name=APP_NAME)
+
+
+@serve.deployment
+class _Multiplexer:
+    """Tells Serve which model a request is for."""
+
+    def __init__(self, engine: DeploymentHandle):
+        self._engine = engine
+
+    async def complete(self, request: EngineRequest) -> Piece:
+        model_id = json.dumps([request.tenant, request.adapter_ids])
+        return await self._engine.options(multiplexed_model_id=model_id).complete.remote(request)
+
+
+class _ServesCache:
+    """What an engine asks of its `AdapterCache`, by `serve.multiplexed`."""
+
+    def __init__(self, most: int, start_load: Callable[[Key], Awaitable[Adapter]]):
+        self.nbytes = self.hits = self.loads = 0
+
+        async def load(model_id: str) -> Adapter:
+            self.loads += 1
+            tenant, adapter_ids = json.loads(model_id)
+            return await start_load((tenant, tuple(adapter_ids)))
+
+        self._get = serve.multiplexed(max_num_models_per_replica=most)(load)
+
+    @asynccontextmanager
+    async def use(self, key: Key) -> AsyncIterator[Adapter]:
+        before = self.loads
+        adapter = await self._get(json.dumps(key))
+        self.hits += self.loads == before
+        yield adapter
+
+
+@serve.deployment
+class _MultiplexedEngine(Engine.func_or_class):  # type: ignore[misc]
+    def __init__(self, most: int, served: ServeConfig):
+        batching = BatcherConfig(served.max_batch_size)
+        super().__init__(served.store, served.base, "cpu", served.dtype, 1, 0, served.request_timeout_s, batching)
+        self._cache = _ServesCache(most, self._start_load)
+        self._metrics = EngineMetrics(self._batcher, self._cache)
+
+
+class _Load:
+    """The clients."""
+
+    def __init__(self, config: BenchLoadConfig, served: ServeConfig):
+        self._config, self._served = config, served
+        self._client = AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=served.request_timeout_s)
+        self._chance = random.Random(0)
+        self._weights = list(itertools.accumulate((n + 1) ** -config.exponent for n in range(config.adapters)))
+        self._latencies: list[float] = []
+        self._throttled = 0
+        self._failures: Counter[str] = Counter()
+        self._uploaded = 0
+        self._megabytes: list[float] = []
+
+    async def run(self, uploads: bool) -> dict[str, Any]:
+        """Ask until the time is up."""
+        began = time.perf_counter()
+        before = _counters()
+        workers = [self._ask_on() for _ in range(self._config.clients)] + [self._watch()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.seconds):
+                await asyncio.gather(*workers, *([self._upload_on()] if uploads else []))
+        seconds = time.perf_counter() - began
+        await asyncio.sleep(_METRICS_S)  # until all has been told
+        after = _counters()
+        hits, loads = (sum(after[kind][k] - before[kind].get(k, 0) for k in after[kind]) for kind in (_HITS, _LOADS))
+        median, p99 = np.quantile(self._latencies, [0.5, 0.99])
+        return {
+            "answers": len(self._latencies),
+            "answers_per_second": len(self._latencies) / seconds,
+            "median_s": float(median),
+            "p99_s": float(p99),
+            "throttled": self._throttled,
+            "uploaded": self._uploaded,
+            "failures": dict(self._failures),
+            "loads_per_1000": 1000 * loads / max(1, hits + loads),
+            "hits": hits / max(1, hits + loads),
+            "engine_mb": [self._megabytes[len(self._megabytes) // 5], self._megabytes[-1]],
+        }
+
+    async def _ask_on(self) -> None:
+        while True:
+            (number,) = self._chance.choices(range(self._config.adapters), cum_weights=self._weights)
+            await self._ask(f"page-{number}")
+
+    async def _ask(self, doc_id: str) -> None:
+        began = time.perf_counter()
+        try:
+            await self._client.chat.completions.create(
+                model=f"{self._served.alias}:{doc_id}",
+                messages=[{"role": "user", "content": "What is this page about?"}],
+                max_tokens=self._config.new_tokens,
+            )
+        except RateLimitError as error:
+            self._throttled += 1
+            await asyncio.sleep(float(error.response.headers["retry-after"]))
+        except APIError as error:
+            self._failures[str(error)[:200]] += 1
+        else:
+            self._latencies.append(time.perf_counter() - began)
+
+    async def _upload_on(self) -> None:
+        for number in itertools.count():
+            await asyncio.sleep(_UPLOAD_EVERY_S)
+            doc_id = f"note-{number}"
+            try:
+                body = {"id": doc_id, "text": f"Note {number}. The special magic number is {1000 + number}."}
+                await self._client.post("/documents", cast_to=object, body=body)
+                self._uploaded += 1
+            except RateLimitError:
+                self._throttled += 1
+            except APIError as error:
+                self._failures[f"upload: {error}"[:200]] += 1
+            else:
+                await self._ask(doc_id)
+
+    async def _watch(self) -> None:
+        while True:
+            self._megabytes.append(sum(map(_resident, _engines())) / 1e6)
+            await asyncio.sleep(_SAMPLE_EVERY_S)
+
+
+def _engines() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["name", "cmdline"]) if "Engine" in " ".join(p.info["cmdline"] or ())]
+
+
+def _resident(process: psutil.Process) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return process.memory_info().rss
+    return 0
+
+
+def _counters() -> dict[str, dict[str, float]]:
+    """Hits and loads of each engine so far, from Ray's metrics."""
+    found: dict[str, dict[str, float]] = {_HITS: {}, _LOADS: {}}
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            for family in text_string_to_metric_families(response.read().decode()):
+                if family.name in found:
+                    found[family.name] |= {str(sample.labels): sample.value for sample in family.samples}
+    return found
