@@ -24,7 +24,6 @@ from d2l.context_encoder import Features
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
 
-
 _COPY_RATE = 10.0
 """`copy` is learned by so much faster than other weights: it has to become of the order of 1."""
 
