@@ -1,11 +1,13 @@
 # The two commands: `make demo` and `make test`. Everything is installed into .venv from infra/constraints.txt.
 #   make demo TORCH_INDEX=URL    takes torch from that package index (a CPU or a CUDA build); a plain install may bring CUDA
+#   make demo DOCS=FOLDER        asks about up to three files of your own, too
 #   make demo KEEP=1             goes on serving at the end
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
+DOCS ?=
 KEEP ?=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
@@ -26,7 +28,7 @@ $(INSTALLED): pyproject.toml infra/constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/d2l demo $(if $(KEEP),--keep)
+	@$(BIN)/d2l demo $(if $(DOCS),--documents '$(DOCS)') $(if $(KEEP),--keep)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -m 'not slow and not long'
