@@ -142,8 +142,6 @@ class Hypernetwork(nn.Module):
         """
         folder = Path(folder)
         values = read_config(folder)
-        if values["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{folder}: format version {values['format_version']}, this code reads {FORMAT_VERSION}")
         made_for = from_dict(Digests, values["base_digests"], f"{folder}/config.json: base_digests")
         for warning in made_for.check(base.digests, f"hypernetwork {folder} (for {values['base_model']})"):
             warnings.warn(warning, stacklevel=2)
@@ -153,6 +151,9 @@ class Hypernetwork(nn.Module):
         tensors = load_tensors(folder / "model.safetensors")
         if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
+        if values["format_version"] == 1:  # before `outer_product` had its copy path, which zeros leave out
+            copies = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith(".copy")}
+            tensors |= {name: torch.zeros(t.shape) for name, t in copies.items()}
         hypernetwork.load_state_dict(
             {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True
         )
@@ -175,6 +176,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     needed = {"format_version", "fingerprint", "base_model", "base_digests", "hypernetwork"}
     if missing := sorted(needed - set(values)):
         raise UserError(f"{folder}/config.json: not a hypernetwork checkpoint, it lacks {', '.join(missing)}")
+    if values["format_version"] not in (1, FORMAT_VERSION):
+        raise UserError(f"{folder}: format version {values['format_version']}, this code reads 1 and {FORMAT_VERSION}")
     return values
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import islice
 from typing import Annotated, Any
 
@@ -149,22 +149,27 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
     """Make the adapters that a hypernetwork made current again, for the documents that have one of their current text.
 
     So traffic goes back to an old hypernetwork, or forward again, without a restart: it is new events of old adapters,
-    which servers see within seconds. Other documents stay as they are.
+    which servers see within seconds. Other documents stay as they are. Converting again with a hypernetwork makes that
+    one's adapters current again.
 
     Returns:
         How many documents were `promoted`, `were_current` already, and have `no_adapter` of this hypernetwork.
 
     Raises:
-        UserError: there is no catalogue, it has no such document, or the storage fails.
+        UserError: there is no catalogue, it has no such document, none of the hypernetwork's, or the storage fails.
     """
     catalogue = Catalogue.existing(config.store)
     current = {event.doc_id: event for event in catalogue.current(config.tenant)}
     if unknown := sorted(set(config.documents) - set(current)):
         raise UserError(f"{unknown[0]}: no such document of tenant {config.tenant} in {config.store}")
-    chosen = [current[doc_id] for doc_id in config.documents or current]
+    chosen = [current[doc_id] for doc_id in dict.fromkeys(config.documents or current)]
     other = [event for event in chosen if event.hypernetwork != config.hypernetwork]
     earlier = (catalogue.resolve(config.tenant, e.doc_id, e.version, config.hypernetwork) for e in other)
     moves = [(now, then) for now, then in zip(other, earlier, strict=True) if then]
+    if chosen and len(other) == len(chosen) and not moves:
+        raise UserError(
+            f"{config.hypernetwork}: made no adapter of these documents; `d2l catalogue history` tells which did"
+        )
     if not config.dry_run:
         vectors = _vectors(catalogue, config.tenant, {now.embedding_model for now, _ in moves} - {""})
         for start in range(0, len(moves), _COMMIT):
@@ -224,7 +229,8 @@ def _again(now: Event, then: Event, vectors: dict[str, np.ndarray]) -> Event:
         then,
         embedding=None if vector is None else vector.tolist(),
         embedding_model=now.embedding_model,
-        created_at=max(datetime.now(UTC), now.created_at + timedelta(microseconds=1)),
+        source_uri=now.source_uri,
+        created_at=now.created_at + timedelta(microseconds=1),  # what has happened since then goes before this
     )
 
 

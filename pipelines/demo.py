@@ -16,6 +16,7 @@ from openai import OpenAI
 
 from d2l.base_model import load_base_model
 from d2l.errors import UserError
+from d2l.extract import SUFFIXES
 from d2l.hypernetwork import base_model_of
 from d2l.model import SHIPPED
 from d2l.tasks.facts import FactsConfig, exact_match, make_facts
@@ -66,15 +67,14 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """Write documents, convert and serve them, and ask about each: the base model, then its adapter.
 
     Raises:
-        UserError: the port is taken, or the folder cannot be written.
+        UserError: the port is taken, the folder cannot be written, or there are no documents in the user's.
     """
+    folder, own = config.folder, _own_documents(config.documents)
     cluster.connect(worker_output=False)
-    folder = config.folder
     served = ServeConfig(store=str(folder / "store"), port=config.port)
     questions = _write_documents(folder / "documents")
     print(f"1. {len(questions)} documents written to {folder / 'documents'}")
-    own = _own_documents(config.documents)
-    questions |= {path.name: _Question(_OWN_QUESTION) for path in own}
+    questions = {path.name: _Question(_OWN_QUESTION) for path in own} | questions
     record = tracking.open_run(TrackingConfig(f"sqlite:///{folder}/mlflow.db"), "demo", config)
     try:
         with tracking.closing(record) as client:
@@ -84,7 +84,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             print(f"2. adapters in {served.store}: {counts.format(**converted)}")
             for failure in converted["failures"]:
                 print(f"   {failure['doc_id']}: {failure['reason']}")
-                del questions[failure["doc_id"]]
+                questions.pop(failure["doc_id"], None)
             run(served, blocking=False)
             print(f"3. asking {served.url}")
             answers = [_ask(served, doc_id, question) for doc_id, question in questions.items()]
@@ -116,11 +116,11 @@ def _write_documents(folder: Path) -> dict[str, _Question]:
     tokenizer = load_base_model(base_model_of(SHIPPED), "cpu").tokenizer
     seeds = [random.Random(i).getrandbits(32) for i in range(max(len(_LENGTHS), _SHEETS))]
     samples = {
-        f"number-{i + 1}.txt": make_sample(tokenizer, NeedleConfig(tokens), seeds[i])
+        f"demo-number-{i + 1}.txt": make_sample(tokenizer, NeedleConfig(tokens), seeds[i])
         for i, tokens in enumerate(_LENGTHS)
     }
     sheets = FactsConfig(_FACTS, held_out=True)
-    samples |= {f"facts-{i + 1}.txt": make_facts(sheets, seeds[i]) for i in range(_SHEETS)}
+    samples |= {f"demo-facts-{i + 1}.txt": make_facts(sheets, seeds[i]) for i in range(_SHEETS)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, sample in samples.items():
         (folder / name).write_text(sample.document)
@@ -131,13 +131,16 @@ def _own_documents(folder: Path | None) -> list[Path]:
     """The first few files of a folder.
 
     Raises:
-        UserError: it has none.
+        UserError: there is none.
     """
     if folder is None:
         return []
-    files = sorted(path.absolute() for path in folder.glob("*") if path.is_file())
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = [path.absolute() for path in sorted(folder.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
+    files = [path for path in files if not path.name.startswith(".")]
     if not files:
-        raise UserError(f"{folder}: no files to ask about")
+        raise UserError(f"{folder}: no documents in it, files of {', '.join(SUFFIXES)}; folders in it do not count")
     return files[:_OWN]
 
 

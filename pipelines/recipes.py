@@ -150,17 +150,29 @@ def facts() -> Recipe:
 def qa() -> Recipe:
     """Answer questions about documents of a training set: by way of generated facts, then both, then longer documents.
 
-    Made to go on from a hypernetwork that finds needles (`--init-from`), which learns facts several times faster.
+    Made for paragraphs: only documents of up to 512 tokens are learned from, in the end up to 3,072. Goes on best from
+    a hypernetwork that finds needles (`--init-from`), which learns facts several times faster.
     """
-    short, needles = (NeedleTask(60, tokens, keyed=0.6, prose=0.5) for tokens in (256, 400))
-    repeat = RepeatTask(max_tokens=128)
-    easy, hard, many = (FactsTask(max_facts=n, sentences=0.2) for n in (4, 16, 64))
-    facts = (Share(easy, 0.6), Share(repeat, 0.15), Share(short, 0.25))
-    questions = (Share(QuestionsTask(), 0.35), Share(hard, 0.3), Share(repeat, 0.15), Share(needles, 0.2))
-    long = (Share(NeedleTask(256, 3072, keyed=0.6, prose=0.5), 0.6), Share(QuestionsTask(), 0.25), Share(many, 0.15))
+    keyed, prose = 0.6, 0.5
+    repeat = Share(RepeatTask(max_tokens=128), 0.15)
+    easy = (
+        Share(FactsTask(max_facts=4, sentences=0.2), 0.6),
+        Share(NeedleTask(60, 256, keyed, prose=prose), 0.25),
+        repeat,
+    )
+    mixed = (
+        Share(QuestionsTask(max_document_tokens=512), 0.35),
+        Share(FactsTask(max_facts=16, sentences=0.2), 0.3),
+        Share(NeedleTask(60, 400, keyed, prose=prose), 0.2),
+        repeat,
+    )
+    long = (
+        Share(NeedleTask(256, 3072, keyed, prose=prose), 0.6),
+        Share(QuestionsTask(max_document_tokens=3072), 0.25),
+        Share(FactsTask(max_facts=64, sentences=0.2), 0.15),
+    )
     return Recipe(
-        hypernetwork=_HYPERNETWORK,
-        stages=(Stage(200, facts, 320), Stage(480, questions, 512), Stage(30, long, 3072)),
+        hypernetwork=_HYPERNETWORK, stages=(Stage(200, easy, 320), Stage(480, mixed, 512), Stage(30, long, 3072))
     )
 
 

@@ -6,6 +6,7 @@ a restart, and what has begun with the one before is finished with it.
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from d2l.store import AdapterStore, adapter_id
 from serve.errors import ApiError, storage_error
 
 _BATCH_WAIT_S = 0.02
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Internalizer:
     Args:
         store: root of the adapter store.
         base: name of the base model.
-        device: where both run.
+        device: where it and the hypernetwork run.
         dtype: of compute and adapters.
         embedding: name of the embedding model; None for no embeddings.
     """
@@ -58,9 +61,21 @@ class Internalizer:
         self._computing = asyncio.Lock()
 
     async def reconfigure(self, config: dict[str, str]) -> None:
-        """Called by Serve with `user_config`: `hypernetwork` is a checkpoint folder."""
-        hypernetwork = await asyncio.to_thread(Hypernetwork.from_pretrained, config["hypernetwork"], self._base)
-        self._maker = _Maker(DocToLora(self._base, hypernetwork), self._computing)
+        """Called by Serve with `user_config`: `hypernetwork` is a checkpoint folder.
+
+        One that cannot be used is logged, and the one before stays: else Serve would end the replica.
+
+        Raises:
+            UserError: the first one cannot be used.
+        """
+        try:
+            hypernetwork = await asyncio.to_thread(Hypernetwork.from_pretrained, config["hypernetwork"], self._base)
+        except UserError as error:
+            if self._maker is None:
+                raise
+            logger.error("hypernetwork not changed: %s", error)
+            return
+        self._maker = _Maker(DocToLora(self._base, hypernetwork))
 
     async def internalize(self, work: Internalization) -> Event:
         """The event to commit: the adapter is in the store.
@@ -75,7 +90,8 @@ class Internalizer:
         target = maker.target(work)
         adapter = await self._stored(work.tenant, target)
         if adapter is None:
-            found = await (maker.alone(work) if work.long else maker.together(work))
+            job = _Job(maker, work)
+            found = (await self._compute([job]))[0] if work.long else await self._together(job)
             if isinstance(found, UserError):
                 raise found
             adapter = found
@@ -116,24 +132,27 @@ class Internalizer:
         async with self._computing:
             return (await asyncio.to_thread(self._embedder, [work.text]))[0].tolist()
 
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
+    async def _together(self, jobs: list["_Job"]) -> list[Adapter | UserError]:
+        return await self._compute(jobs)
+
+    async def _compute(self, jobs: Sequence["_Job"]) -> list[Adapter | UserError]:
+        """Adapters, or why there is none, in order; each by the hypernetwork that its job began with."""
+        found: dict[int, Adapter | UserError] = {}
+        async with self._computing:
+            for maker in {id(job.maker): job.maker for job in jobs}.values():
+                own = [number for number, job in enumerate(jobs) if job.maker is maker]
+                adapters = await asyncio.to_thread(maker.compute, [jobs[number].work for number in own])
+                found |= dict(zip(own, adapters, strict=True))
+        return [found[number] for number in range(len(jobs))]
+
 
 class _Maker:
-    """A hypernetwork, and the documents that wait for it."""
+    """A hypernetwork, and what depends on it."""
 
-    def __init__(self, model: DocToLora, computing: asyncio.Lock):
-        self._model, self._computing = model, computing
+    def __init__(self, model: DocToLora):
+        self._model = model
         self._fingerprint = model.hypernetwork.fingerprint()
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
-    async def together(self, works: list[Internalization]) -> list[Adapter | UserError]:
-        """Adapters, or why there is none, in order."""
-        async with self._computing:
-            return await asyncio.to_thread(self._compute, works)
-
-    async def alone(self, work: Internalization) -> Adapter | UserError:
-        """The same for a document by itself."""
-        async with self._computing:
-            return (await asyncio.to_thread(self._compute, [work]))[0]
 
     def check_length(self, work: Internalization) -> None:
         """Whether the document is short enough.
@@ -161,6 +180,15 @@ class _Maker:
             str(model.base.dtype).removeprefix("torch."),
         )
 
-    def _compute(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
+    def compute(self, works: Sequence[Internalization]) -> list[Adapter | UserError]:
+        """Adapters, or why there is none, in order."""
         results = dict(self._model.internalizer.stream(Document(work.text, work.doc_id) for work in works))
         return [results[i] for i in range(len(works))]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A document and who makes its adapter: the one at work when it came, whom its adapter's id names."""
+
+    maker: _Maker
+    work: Internalization

@@ -3,11 +3,12 @@
 The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
 
     key_t   = unit(c_t * diag + up(down(c_t))),                    c_t = m's input at t minus its mean over the chunk
-    value_t = (W2 silu(W1 z_t) + copy * h0_t+1) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, final_t]
+    value_t = (W2 silu(W1 z_t) + 10 copy * h0_t+1) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, final_t]
 
 where h is the residual stream entering the layer, h0 that entering the first one (the token's embedding), and each part
-is RMS-normalised; `copy` is a vector: adding the next token's embedding to the stream is what says the token where the
-head is tied to the embeddings, and need not go through the MLP's bottleneck. A = keys, B = values, so
+is RMS-normalised; `copy` is a vector, for modules whose output is as wide as the stream: where the head is tied to the
+embeddings, adding the next token's to the stream says that token, and need not go through the MLP's bottleneck. A =
+keys, B = values, so
 delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv 2102.11174; compare
 Generative Adapter, arXiv 2411.05877). W2 and `copy` start at zero, so an untrained generator changes nothing. The rank
 is the number of tokens; internalizing compresses it.
@@ -62,12 +63,12 @@ class Generator(nn.Module):
         # Without padding, so that a last token that no suffix follows has the same successor in every batch: zeros.
         streams = [_unit_rms(h).masked_fill_(padding_NT1, 0) for h in features.streams]
         assert features.embedded is not None
-        following = _shift(_unit_rms(features.embedded).masked_fill_(padding_NT1, 0))
+        next_NTd = _next(_unit_rms(features.embedded).masked_fill_(padding_NT1, 0))
         factors = {}
         for name, writers in self.writers.items():
             assert isinstance(writers, nn.ModuleList)
             pairs = [
-                writer(x, h, final, following, weights_N1T)
+                writer(x, h, final, next_NTd, weights_N1T)
                 for writer, x, h in zip(writers, features.inputs[name], streams, strict=True)
             ]
             factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
@@ -92,23 +93,23 @@ class _Writer(nn.Module):
             nn.init.zeros_(part)
 
     def forward(
-        self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, embedded_NTd: Tensor, weights_N1T: Tensor
+        self, x_NTi: Tensor, h_NTd: Tensor, final_NTd: Tensor, next_NTd: Tensor, weights_N1T: Tensor
     ) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi
         key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
         # The key's norm divides the value: a pass over the narrower of the two, and the same outer product.
         norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
         own, following = self.stream_in(h_NTd).chunk(2, -1)
-        hidden = self.final_in(final_NTd) + own + _shift(following)
+        hidden = self.final_in(final_NTd) + own + _next(following)
         scale_NT1 = torch.sigmoid(hidden[..., :1]) * weights_N1T.sqrt().mT / norm_NT1
         value_NTo = self.value_out(F.silu(hidden[..., 1:]))
         if self.copy is not None:
             copy = (_COPY_RATE * self.copy).to(value_NTo.dtype)
-            value_NTo = torch.addcmul(value_NTo, embedded_NTd, copy)
+            value_NTo = torch.addcmul(value_NTo, next_NTd, copy)
         return LowRank(key_NTi, value_NTo * scale_NT1.to(value_NTo.dtype))
 
 
-def _shift(x_NTd: Tensor) -> Tensor:
+def _next(x_NTd: Tensor) -> Tensor:
     """Each token's successor; zeros after the last."""
     return F.pad(x_NTd[:, 1:], (0, 0, 0, 1))
 

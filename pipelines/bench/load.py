@@ -1,12 +1,15 @@
 """`d2l bench load`: the endpoint at saturation, for minutes, with more adapters than its engines can keep in memory.
 
-Clients ask over HTTP without pause, their documents drawn by Zipf's law, while others upload documents and ask about
-them at once. Then the same requests, uploads left out, go to the same engines behind Ray Serve's own model
-multiplexing: its cache of as many adapters, and its router.
+Clients ask over HTTP without pause, their documents drawn by Zipf's law:
 
-- `failures`: answers that were neither right in form nor an honest 429 with Retry-After;
-- `loads_per_1000`, `hits`: adapters read from disk per 1,000 requests, and the share of requests that found theirs;
-- `engine_mb`: resident memory of all engines after a fifth of the time and at the end.
+- `affinity`: engines and router as they are served;
+- `multiplexed`: the same engines behind Ray Serve's own model multiplexing, a cache of as many adapters and its router.
+  A deployment more stands in between, so compare loads and hits, not seconds;
+- `uploads`: `affinity` again, while documents are uploaded and asked about at once.
+
+`failures` are answers that were neither a whole completion nor an honest 429 with Retry-After; `loads_per_1000` and
+`hits` are adapters read from disk per 1,000 requests to engines, and the share that found theirs; `engine_mb` is the
+resident memory of all engines of this machine after a fifth of the time and at the end.
 """
 
 import asyncio
@@ -34,6 +37,7 @@ from ray.serve.handle import DeploymentHandle
 from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
 from d2l.catalogue import Catalogue, Event
+from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.model import SHIPPED
 from d2l.store import AdapterStore
@@ -47,7 +51,6 @@ from serve.engine.deployment import Engine, EngineRequest
 from serve.engine.metrics import EngineMetrics
 from serve.gateway.deployment import Gateway
 
-_UPLOAD_EVERY_S = 10.0
 _SAMPLE_EVERY_S = 5.0
 _HITS, _LOADS = "ray_d2l_adapter_hits", "ray_d2l_adapter_loads"
 _METRICS_S = 15.0
@@ -80,8 +83,19 @@ class BenchLoadConfig:
     """Requests that an engine decodes together."""
     max_queued_requests: int = 16
     """Requests that wait for an engine at most."""
+    upload_every_s: float = 10
+    """Pause between uploads."""
     port: int = 8000
     """Port of the endpoint."""
+
+    def __post_init__(self) -> None:
+        if self.kept < 1:
+            raise UserError(f"--cached {self.cached} of {self.adapters} adapters is none; give more")
+
+    @property
+    def kept(self) -> int:
+        """Adapters that an engine may keep."""
+        return int(self.cached * self.adapters)
 
 
 def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
@@ -98,13 +112,13 @@ def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
             replicas=config.replicas,
             max_batch_size=config.max_batch_size,
             max_queued_requests=config.max_queued_requests,
-            adapter_cache_bytes=int(config.cached * config.adapters * size),
+            adapter_cache_bytes=config.kept * size,
             embedding="none",
         )
-        for name, start in (("affinity", _serve), ("multiplexed", _serve_multiplexed)):
+        for name, start in (("affinity", _serve), ("multiplexed", _serve_multiplexed), ("uploads", _serve)):
             try:
                 start(config, served)
-                report[name] = asyncio.run(_Load(config, served).run(uploads=name == "affinity"))
+                report[name] = asyncio.run(_Load(config, served).run(uploads=name == "uploads"))
             finally:
                 serve.shutdown()
     return report
@@ -129,13 +143,12 @@ def _serve(config: BenchLoadConfig, served: ServeConfig) -> None:
 
 
 def _serve_multiplexed(config: BenchLoadConfig, served: ServeConfig) -> None:
-    """The same gateway and engines, but for where adapters are kept and how requests are routed."""
-    most = int(config.cached * config.adapters)
+    """The same engines and a gateway, but for where adapters are kept and how requests are routed."""
     engine = _MultiplexedEngine.options(
         num_replicas=served.replicas,
         max_ongoing_requests=2 * served.max_batch_size,
         max_queued_requests=served.max_queued_requests,
-    ).bind(most, served)
+    ).bind(config.kept, served)
     catalogue = CatalogueDeployment.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
     front = _Multiplexer.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000).bind(engine)
     gateway = Gateway.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
@@ -160,7 +173,7 @@ class _ServesCache:
     """What an engine asks of its `AdapterCache`, by `serve.multiplexed`."""
 
     def __init__(self, most: int, start_load: Callable[[Key], Awaitable[Adapter]]):
-        self.nbytes = self.hits = self.loads = 0
+        self.nbytes = self.loads = self._requests = 0
 
         async def load(model_id: str) -> Adapter:
             self.loads += 1
@@ -169,11 +182,16 @@ class _ServesCache:
 
         self._get = serve.multiplexed(max_num_models_per_replica=most)(load)
 
+    @property
+    def hits(self) -> int:
+        """Requests whose adapter was there, or on its way."""
+        return self._requests - self.loads
+
     @asynccontextmanager
     async def use(self, key: Key) -> AsyncIterator[Adapter]:
-        before = self.loads
+        """As `AdapterCache.use`."""
         adapter = await self._get(json.dumps(key))
-        self.hits += self.loads == before
+        self._requests += 1
         yield adapter
 
 
@@ -211,6 +229,8 @@ class _Load:
         seconds = time.perf_counter() - began
         await asyncio.sleep(_METRICS_S)  # until all has been told
         after = _counters()
+        if not after[_LOADS]:
+            raise UserError("Ray's metrics have no loads of adapters; is its dashboard agent running?")
         hits, loads = (sum(after[kind][k] - before[kind].get(k, 0) for k in after[kind]) for kind in (_HITS, _LOADS))
         median, p99 = np.quantile(self._latencies, [0.5, 0.99])
         return {
@@ -221,8 +241,9 @@ class _Load:
             "throttled": self._throttled,
             "uploaded": self._uploaded,
             "failures": dict(self._failures),
-            "loads_per_1000": 1000 * loads / max(1, hits + loads),
-            "hits": hits / max(1, hits + loads),
+            "requests": hits + loads,
+            "loads_per_1000": 1000 * loads / (hits + loads),
+            "hits": hits / (hits + loads),
             "engine_mb": [self._megabytes[len(self._megabytes) // 5], self._megabytes[-1]],
         }
 
@@ -233,33 +254,38 @@ class _Load:
 
     async def _ask(self, doc_id: str) -> None:
         began = time.perf_counter()
-        try:
-            await self._client.chat.completions.create(
+        async with self._honest():
+            answer = await self._client.chat.completions.create(
                 model=f"{self._served.alias}:{doc_id}",
                 messages=[{"role": "user", "content": "What is this page about?"}],
                 max_tokens=self._config.new_tokens,
             )
+            if answer.choices[0].finish_reason not in ("stop", "length"):
+                self._failures["no whole answer"] += 1
+            self._latencies.append(time.perf_counter() - began)
+
+    @asynccontextmanager
+    async def _honest(self) -> AsyncIterator[None]:
+        """Counts what goes wrong, and waits as long as it is told to."""
+        try:
+            yield
         except RateLimitError as error:
-            self._throttled += 1
-            await asyncio.sleep(float(error.response.headers["retry-after"]))
+            if "retry-after" in error.response.headers:
+                self._throttled += 1
+                await asyncio.sleep(float(error.response.headers["retry-after"]))
+            else:
+                self._failures["429 without Retry-After"] += 1
         except APIError as error:
             self._failures[str(error)[:200]] += 1
-        else:
-            self._latencies.append(time.perf_counter() - began)
 
     async def _upload_on(self) -> None:
         for number in itertools.count():
-            await asyncio.sleep(_UPLOAD_EVERY_S)
+            await asyncio.sleep(self._config.upload_every_s)
             doc_id = f"note-{number}"
-            try:
+            async with self._honest():
                 body = {"id": doc_id, "text": f"Note {number}. The special magic number is {1000 + number}."}
                 await self._client.post("/documents", cast_to=object, body=body)
                 self._uploaded += 1
-            except RateLimitError:
-                self._throttled += 1
-            except APIError as error:
-                self._failures[f"upload: {error}"[:200]] += 1
-            else:
                 await self._ask(doc_id)
 
     async def _watch(self) -> None:
@@ -269,7 +295,9 @@ class _Load:
 
 
 def _engines() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["name", "cmdline"]) if "Engine" in " ".join(p.info["cmdline"] or ())]
+    title = f"ServeReplica:{APP_NAME}:"
+    titles = [(process, " ".join(process.info["cmdline"] or ())) for process in psutil.process_iter(["cmdline"])]
+    return [process for process, found in titles if title in found and "Engine" in found]
 
 
 def _resident(process: psutil.Process) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from d2l.base_model import BaseModel
 from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
-from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, base_model_of
+from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, _fingerprint, base_model_of
 from d2l.injection import Rows, inject
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 from tests.conftest import GENERATORS, delta, random_chunks, tiny_hypernetwork
@@ -159,7 +160,7 @@ def test_other_weights_of_the_base_model_are_warned_about(tiny_llama: BaseModel,
         ("flipped", r"weights have digest [0-9a-f]{16}, config\.json says [0-9a-f]{16}: damaged"),
         ("no weights", r"model\.safetensors: no such file"),
         ("no folder", r"config\.json: no such file"),
-        ("other version", r"format version 99, this code reads 2"),
+        ("other version", r"format version 99, this code reads 1 and 2"),
         ("missing field", r"config\.json: not a hypernetwork checkpoint, it lacks base_digests, fingerprint"),
         ("unknown setting", r"config\.json: hypernetwork: unknown field\(s\) colour"),
         ("other setting", r"weights have digest [0-9a-f]{16}, config\.json says [0-9a-f]{16}: damaged"),
@@ -192,6 +193,19 @@ def test_damaged_checkpoints_are_refused(tiny_llama: BaseModel, tmp_path: Path, 
             edit(config, hypernetwork=settings | {"encoder": {"kind": "psychic"}})
     with pytest.raises(UserError, match=f"hypernetwork.*{message}"):
         Hypernetwork.from_pretrained(folder, tiny_llama)
+
+
+def test_checkpoints_from_before_the_copy_path_are_read(tiny_llama: BaseModel, tmp_path: Path) -> None:
+    hypernetwork = tiny_hypernetwork(tiny_llama)
+    hypernetwork.save_pretrained(tmp_path)
+    old = {name: t for name, t in hypernetwork.state_dict().items() if not name.endswith(".copy")}
+    fingerprint = _fingerprint(json.loads((tmp_path / "config.json").read_text())["hypernetwork"], old)
+    save_file(old, tmp_path / "model.safetensors")
+    edit(tmp_path / "config.json", format_version=1, fingerprint=fingerprint)
+    found = Hypernetwork.from_pretrained(tmp_path, tiny_llama)
+    assert found.fingerprint() == fingerprint
+    for name, t in found.state_dict().items():
+        assert t.equal(old[name]) if name in old else not t.any()
 
 
 def test_a_full_disk_leaves_no_checkpoint(

@@ -1,16 +1,38 @@
 """The internalizer deployment, without Serve."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from d2l.base_model import BaseModel
 from d2l.catalogue import Event
 from d2l.extract import TEXT
+from d2l.store import AdapterStore
 from serve.internalizer import Internalization, Internalizer
 from tests.conftest import tiny_hypernetwork
 
 
-def test_another_hypernetwork_takes_over_between_documents(tiny_llama: BaseModel, tmp_path: Path) -> None:
+def batched(replica: Any, size: int) -> Callable[[Any], Coroutine[Any, Any, Any]]:
+    """What `serve.batch` does, once `size` jobs are there."""
+    waiting: list[tuple[Any, asyncio.Future]] = []
+
+    async def together(job: Any) -> Any:
+        waiting.append((job, asyncio.get_running_loop().create_future()))
+        if len(waiting) == size:
+            results = await replica._compute([job for job, _ in waiting])
+            for (_, future), result in zip(waiting, results, strict=True):
+                future.set_result(result)
+        return await next(future for own, future in waiting if own is job)
+
+    return together
+
+
+def test_another_hypernetwork_takes_over_between_documents(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [tmp_path / name for name in ("one", "two")]
     fingerprints = []
     for seed, folder in enumerate(folders):
@@ -18,18 +40,24 @@ def test_another_hypernetwork_takes_over_between_documents(tiny_llama: BaseModel
         hypernetwork.save_pretrained(folder)
         fingerprints.append(hypernetwork.fingerprint())
     replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
-    # Short documents are batched by Serve, which has to be running for that.
-    work = [Internalization("acme", f"doc-{i}", f"Text number {i}.", TEXT, long=True) for i in range(3)]
+    # Short documents are batched by Serve, which has to run for that. A batch may have some of before and of after.
+    monkeypatch.setattr(replica, "_together", batched(replica, 6))
+    work = [Internalization("acme", f"doc-{i}", f"Text number {i}.", TEXT, long=False) for i in range(3)]
 
     async def main() -> tuple[list[Event], list[Event]]:
         await replica.reconfigure({"hypernetwork": str(folders[0])})
         begun = [asyncio.create_task(replica.internalize(each)) for each in work]
         await asyncio.sleep(0)
         await replica.reconfigure({"hypernetwork": str(folders[1])})
-        return await asyncio.gather(*begun), await asyncio.gather(*map(replica.internalize, work))
+        await replica.reconfigure({"hypernetwork": str(tmp_path / "nowhere")})
+        after = asyncio.gather(*map(replica.internalize, work))
+        return await asyncio.gather(*begun), await after
 
     before, after = asyncio.run(main())
     assert {event.hypernetwork for event in before} == {fingerprints[0]}
     assert {event.hypernetwork for event in after} == {fingerprints[1]}
     assert len({event.adapter_id for event in before + after}) == 6
     assert [event.version for event in before] == [event.version for event in after]
+    store = AdapterStore(tmp_path / "store")
+    for event in before + after:
+        assert store.get("acme", event.adapter_id).provenance.hypernetwork == event.hypernetwork
