@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from d2l.base_model import load_base_model
+from d2l.base_model import BaseModel, load_base_model
 from pipelines import cluster
 
 TOP = 16
@@ -80,7 +80,7 @@ class Teacher:
 
     def __init__(
         self,
-        base: str,
+        base: str | BaseModel,
         device: str | None = None,
         dtype: torch.dtype | str = "auto",
         batch_tokens: int = 8192,
@@ -89,14 +89,14 @@ class Teacher:
         """Load the base model.
 
         Args:
-            base: as `d2l.base_model.load_base_model` takes it.
+            base: loaded, or as `d2l.base_model.load_base_model` takes it.
             device: by default a GPU where there is one.
             dtype: of the base model.
             batch_tokens: tokens of one forward pass, padding included; attention takes their square in the worst case.
             processes: how many of a kind share this machine's cores.
         """
         self.processes = processes
-        self.base = load_base_model(base, device, dtype)
+        self.base = base if isinstance(base, BaseModel) else load_base_model(base, device, dtype)
         self.batch_tokens = batch_tokens
         config = self.base.model.config.get_text_config()
         self.window: int = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 1 << 62)

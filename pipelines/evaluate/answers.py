@@ -27,9 +27,9 @@ Setting = TypeVar("Setting")
 Trial = TypeVar("Trial")
 """A document, its questions, and the answers under every condition."""
 
-Condition = Literal["adapter", "wrong_document", "no_document", "in_context", "static"]
-"""What the base model had of the document: its adapter, another one's adapter, nothing, its text in the prompt, or an
-adapter that is the same for all."""
+Condition = Literal["adapter", "wrong_document", "no_document", "in_context", "static", "distilled"]
+"""What the base model had of the document: its adapter, another one's adapter, nothing, its text in the prompt, an
+adapter that is the same for all, or a LoRA trained for it."""
 
 
 @dataclass(frozen=True)

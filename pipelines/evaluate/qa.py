@@ -8,6 +8,8 @@ document has. Rows:
 - `no_document`; `in_context`, the document in the prompt;
 - `static`: the one adapter of a hypernetwork whose generator is `static`, which knows the kind of answer, no document;
 - `tuned_reader`: such a one that was trained, and is asked, with the document in the prompt, the most one can hope for;
+- `context_distillation`: a LoRA trained for this document, on questions that the base model writes about it, and
+  `context_distillation_oracle`, on those that are asked (see `distillation`);
 - `d2l_wrong_document`: another document's adapter; `d2l`; `d2l_rank16` and the like: its adapter compressed further.
 
 Answers are written down as they come: the same command into the same folder continues where it stopped.
@@ -16,7 +18,7 @@ Answers are written down as they come: the same command into the same folder con
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,23 @@ from pipelines import cluster
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import AnswerLog, running
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.distillation import DistillationConfig
 from pipelines.evaluate.qa_data import Exam
 from pipelines.evaluate.qa_examiner import Examiner
 from pipelines.evaluate.qa_scores import scores
 from pipelines.evaluate.qa_trial import Setting, Trial
 from pipelines.progress import Progress
 
-_ROWS = ("no_document", "in_context", "static", "tuned_reader", "d2l_wrong_document", "d2l")
+_ROWS = (
+    "no_document",
+    "in_context",
+    "static",
+    "tuned_reader",
+    "context_distillation",
+    "context_distillation_oracle",
+    "d2l_wrong_document",
+    "d2l",
+)
 _COMPRESSED = re.compile(r"d2l_rank[1-9]\d*")
 _BATCH_DOCUMENTS = 16
 """Documents that an actor takes at a time, at most ..."""
@@ -51,11 +63,14 @@ class ExaminerConfig(EvaluateConfig):
     """Who is asked, and under which conditions."""
 
     rows: tuple[str, ...] = ("no_document", "in_context", "d2l_wrong_document", "d2l")
-    """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`."""
+    """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`,
+    `context_distillation`, `context_distillation_oracle`."""
     static: Path | None = None
     """Checkpoint for the row `static`."""
     tuned_reader: Path | None = None
     """Checkpoint for the row `tuned_reader`."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """For the rows `context_distillation`."""
     rank: int = 128
     """Rank that documents are internalized to."""
     timed: int = 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from d2l.tasks.sample import Sample
 from pipelines import cluster
 from pipelines.evaluate.answers import Answers, line
 from pipelines.evaluate.asking import Asker
+from pipelines.evaluate.distillation import Distiller
 from pipelines.evaluate.qa_data import Exam
 from pipelines.evaluate.qa_trial import Trial
 
@@ -37,6 +39,7 @@ class Examiner:
             config.hypernetwork, config.base, config=InternalizeConfig(max_rank=config.rank)
         )
         self.model, self.asker = model, Asker(model, _SAMPLING)
+        self.distiller = Distiller(model, config.distillation, _SAMPLING)
         baselines = {"static": config.static, "tuned_reader": config.tuned_reader}
         self.baselines = {row: self._adapter(folder) for row, folder in baselines.items() if folder}
 
@@ -67,6 +70,8 @@ class Examiner:
             return self.asker.ask("static", samples, [self.baselines[row]] * len(samples), timed)
         if row == "no_document":
             return self.asker.ask("no_document", samples, [None] * len(samples), timed)
+        if row.startswith("context_distillation"):
+            return [self._distilled(sample, oracle=row.endswith("oracle")) for sample in samples]
         if row == "d2l_wrong_document":
             return self.asker.ask("wrong_document", samples, [*adapters[-1:], *adapters[:-1]], timed)
         if row != "d2l":
@@ -78,3 +83,11 @@ class Examiner:
             for sample, take in zip(samples, timed, strict=True)
         ]
         return [dataclasses.replace(a, seconds_per_document=s) for a, s in zip(asked, seconds, strict=True)]
+
+    def _distilled(self, sample: Sample, oracle: bool) -> Answers:
+        began = time.perf_counter()
+        questions = sample.questions if oracle else self.distiller.generated_questions(sample.document)
+        adapter = self.distiller(sample.document, questions)
+        seconds = time.perf_counter() - began
+        (asked,) = self.asker.ask("distilled", [sample], [adapter], [False])
+        return dataclasses.replace(asked, seconds_per_document=seconds)

@@ -57,13 +57,16 @@ def ask_for_questions(documents: pa.Table, tokenizer: PreTrainedTokenizerBase, c
     """Requests for questions about documents; none about those that are left out."""
 
     def prompts(document: Row) -> list[str]:
-        if document["reason"]:
-            return []
-        wanted = f"Write {config.questions_per_passage} different short questions that this text answers"
-        how = "Write one question a line and nothing else. Every question ends with a question mark."
-        return [f"{text}\n\n{wanted}. {how}" for text in _passages(document["document"], tokenizer, config)]
+        return [] if document["reason"] else question_prompts(document["document"], tokenizer, config)
 
     return to_requests(documents, prompts)
+
+
+def question_prompts(document: str, tokenizer: PreTrainedTokenizerBase, config: QuestionConfig) -> list[str]:
+    """What a model is told so that it writes questions about a document: a prompt for each of its passages."""
+    wanted = f"Write {config.questions_per_passage} different short questions that this text answers"
+    how = "Write one question a line and nothing else. Every question ends with a question mark."
+    return [f"{text}\n\n{wanted}. {how}" for text in _passages(document, tokenizer, config)]
 
 
 def take_questions(requests: pa.Table, config: QuestionConfig) -> pa.Table:

@@ -7,6 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from d2l.errors import UserError
 from pipelines.evaluate.answers import AnswerLog
+from pipelines.evaluate.distillation import DistillationConfig
 from pipelines.evaluate.interference import EvaluateInterferenceConfig, evaluate_interference
 from pipelines.evaluate.qa import EvaluateFactsConfig, EvaluateQaConfig, evaluate_facts, evaluate_qa
 from pipelines.evaluate.qa_trial import Trial
@@ -14,7 +15,8 @@ from pipelines.tracking import TrackingConfig
 from tests.conftest import tiny_hypernetwork
 from tests.unit.test_qa_scores import squad
 
-ROWS = ("no_document", "in_context", "static", "tuned_reader", "d2l_wrong_document", "d2l", "d2l_rank6")
+DISTILLED = ("context_distillation", "context_distillation_oracle")
+ROWS = ("no_document", "in_context", "static", "tuned_reader", *DISTILLED, "d2l_wrong_document", "d2l", "d2l_rank6")
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,7 @@ def config(ray_cluster, tiny_llama, tmp_path_factory):
         rows=ROWS,
         static=folder / "static",
         tuned_reader=folder / "static",
+        distillation=DistillationConfig(steps=2, rank=3),
         rank=16,
         facts=(1, 3),
         documents=(3, 2),
