@@ -29,12 +29,17 @@ class Stage:
     """The tasks; every batch is of one of them."""
     batch_tokens: int = 4096
     """Document tokens of one batch at most, padding included. A document that is longer is skipped."""
+    question_tokens: int = 6144
+    """Tokens of its questions with their answers at most, padding included, as long as it has several documents: these
+    are what takes memory, for they have gradients."""
     chunk_counts: tuple[float, ...] = ()
     """Weights of cutting a document into 1, 2, 3 ... chunks even if fewer do; if empty, into as few as it fits."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_tokens < 1 or not self.mixture or min(s.weight for s in self.mixture) <= 0:
-            raise UserError("a stage needs steps and batch_tokens of at least 1, and tasks with weights above 0")
+        if min(self.steps, self.batch_tokens, self.question_tokens) < 1:
+            raise UserError("a stage needs steps, batch_tokens and question_tokens of at least 1")
+        if not self.mixture or min(share.weight for share in self.mixture) <= 0:
+            raise UserError("a stage needs tasks with weights above 0")
         for task in (share.task for share in self.mixture):
             if isinstance(task, NeedleTask) and task.max_tokens > self.batch_tokens:
                 raise UserError(

@@ -30,24 +30,30 @@ class PackedBatch:
     """At least one."""
 
 
-def pack(documents: Sequence[Document], batch_tokens: int, skipped: Counter[str]) -> list[list[Document]]:
-    """Cut documents into batches of at most `batch_tokens` tokens: chunks times the longest one's length.
+def pack(
+    documents: Sequence[Document], batch_tokens: int, question_tokens: int, skipped: Counter[str]
+) -> list[list[Document]]:
+    """Cut documents into batches of at most so many tokens, each the number of rows times the longest one's length.
 
-    Every document comes in one batch, except one that is over the budget by itself: it is counted in `skipped`.
+    Every document comes in one batch, except one that is over `batch_tokens` by itself: it is counted in `skipped`. One
+    with more than `question_tokens` of questions and answers has a batch of its own.
     """
     batches: list[list[Document]] = []
-    chunks = 0
+    chunks = questions = longest = 0
     for document in sorted(documents, key=lambda d: (d.width, sum(map(len, d.answers)))):
         own = len(document.chunks)
         if own * document.width > batch_tokens:
             skipped["documents longer than batch_tokens"] += 1
             continue
+        asked = len(document.prompts)
+        width = max(len(p) + len(a) for p, a in zip(document.prompts, document.answers, strict=True))
         # Sorted, so that this document's chunks are the longest so far.
-        if not batches or (chunks + own) * document.width > batch_tokens:
+        full = (chunks + own) * document.width > batch_tokens
+        if not batches or full or (questions + asked) * max(longest, width) > question_tokens:
             batches.append([])
-            chunks = 0
+            chunks = questions = longest = 0
         batches[-1].append(document)
-        chunks += own
+        chunks, questions, longest = chunks + own, questions + asked, max(longest, width)
     return batches
 
 

@@ -29,6 +29,7 @@ class StageData:
     rates: tuple[float, ...]
     """Documents of each task in a window, on average."""
     batch_tokens: int
+    question_tokens: int
     shards: int
     seed: str
 
@@ -50,7 +51,7 @@ class StageData:
             documents, reasons = source.documents(tokenizer, shard, self.shards, start, stop)
             skipped += reasons
             learns_answers = not isinstance(task, QuestionsTask) or task.targets != "teacher"
-            packed = pack(documents, self.batch_tokens, skipped)
+            packed = pack(documents, self.batch_tokens, self.question_tokens, skipped)
             batches += [PackedBatch(source.name, learns_answers, part) for part in packed]
         return shuffled(batches, f"{self.seed}/{shard}/{number}"), skipped
 
@@ -73,7 +74,8 @@ def open_stages(recipe: Recipe) -> list[StageData]:
         rates = tuple(part / s.mean_tokens(tokenizer) for part, s in zip(tokens, sources, strict=True))  # type: ignore[union-attr]
         seed = f"{recipe.seed}/{number}"
         shards = recipe.batches_per_step
-        opened.append(StageData(recipe.base, tasks, tuple(sources), rates, stage.batch_tokens, shards, seed))  # type: ignore[arg-type]
+        budgets = stage.batch_tokens, stage.question_tokens
+        opened.append(StageData(recipe.base, tasks, tuple(sources), rates, *budgets, shards, seed))  # type: ignore[arg-type]
     return opened
 
 
@@ -92,8 +94,8 @@ def dev_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         if source is None or not recipe.dev_documents:
             continue
         documents, _ = source.documents(tokenizer, 0, 1, 0, recipe.dev_documents)
-        budget = max(stage.batch_tokens for stage in recipe.stages)
-        batches = [PackedBatch(source.name, True, part) for part in pack(documents, budget, Counter())]
+        budgets = (max(getattr(s, name) for s in recipe.stages) for name in ("batch_tokens", "question_tokens"))
+        batches = [PackedBatch(source.name, True, part) for part in pack(documents, *budgets, Counter())]
         name = f"needle_{task.max_tokens}" if isinstance(task, NeedleTask) else source.name
         if batches:
             found[name if name not in found else f"{name}_{len(found)}"] = batches

@@ -21,22 +21,26 @@ from pipelines.training.stages import WINDOW_BATCHES, dev_batches, open_stages
 from pipelines.training.tasks import Document, FactsTask, NeedleTask, QuestionsTask, RepeatTask, SourceConfig, open_task
 
 
-def document(*chunks: int) -> Document:
-    one = [np.zeros(2, np.int32)]
-    return Document([np.zeros(length, np.int32) for length in chunks], one, one)
+def document(chunks: list[int], prompts: list[int]) -> Document:
+    texts = ([np.zeros(length, np.int32) for length in lengths] for lengths in (chunks, prompts))
+    return Document(*texts, [np.zeros(2, np.int32)] * len(prompts))
 
 
-@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), max_size=60), st.integers(20, 200))
-def test_every_document_is_in_one_batch_within_the_budget(lengths, budget):
-    documents = [document(*chunks) for chunks in lengths]
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+
+
+@given(st.lists(st.builds(document, lengths, lengths), max_size=60), st.integers(20, 200), st.integers(20, 400))
+def test_every_document_is_in_one_batch_within_the_budgets(documents, budget, question_budget):
     skipped: Counter[str] = Counter()
-    batches = pack(documents, budget, skipped)
+    batches = pack(documents, budget, question_budget, skipped)
     packed = [id(d) for batch in batches for d in batch]
     too_long = [d for d in documents if len(d.chunks) * d.width > budget]
     assert sorted(packed) == sorted(id(d) for d in documents if len(d.chunks) * d.width <= budget)
     assert skipped["documents longer than batch_tokens"] == len(too_long)
     for batch in batches:
         assert sum(len(d.chunks) for d in batch) * max(d.width for d in batch) <= budget
+        questions = [len(prompt) + 2 for d in batch for prompt in d.prompts]
+        assert len(batch) == 1 or len(questions) * max(questions) <= question_budget
 
 
 def write_rows(folder, rows, group=5, files=1):
