@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import mlflow
+import numpy as np
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -179,25 +180,35 @@ def register(client: MlflowClient, run_id: str, artifact: str, name: str) -> str
     return str(version.version)
 
 
+_SMOOTH = 20
+"""So many windows of a running mean make a curve."""
+
+
 def plot_curves(client: MlflowClient, run_id: str, path: Path) -> None:
-    """Draw losses and accuracies over steps as a PNG and attach it to the run."""
+    """Draw each task's losses and accuracies over steps as a PNG and attach it to the run.
+
+    Training's are running means, so that batches that differ in kind do not hide where they are going.
+    """
     from matplotlib import pyplot as plt
 
     measured = client.get_run(run_id).data.metrics
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for axis, end, label in (
         (axes[0], "_loss", "loss, nats per token"),
         (axes[1], "exact_match", "share of answers right throughout"),
     ):
-        for name in sorted(name for name in measured if name.endswith(end) and name != "dev_loss"):
+        shown = [name for name in measured if name.endswith(end) and ("/" in name or name.startswith("dev_"))]
+        for name in sorted(set(shown) - {"dev_loss"}):
             # A run that was killed has the steps after its last checkpoint twice: the later record counts.
             history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
             points = dict(sorted({metric.step: metric.value for metric in history}.items()))
-            dev = name.startswith("dev_")
-            axis.plot(list(points), list(points.values()), "o-" if dev else "-", lw=1, ms=3, label=name)
+            dev, values = name.startswith("dev_"), np.array(list(points.values()))
+            window = 1 if dev else max(1, len(values) // _SMOOTH)
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
+            axis.plot(list(points)[window - 1 :], smooth, "o--" if dev else "-", lw=1, ms=3, label=name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes[0].set_yscale("log")
     figure.savefig(path, dpi=120)
     plt.close(figure)
