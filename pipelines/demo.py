@@ -88,7 +88,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             run(served, blocking=False)
             print(f"3. asking {served.url}")
             answers = [_ask(served, doc_id, question) for doc_id, question in questions.items()]
-            known = [row["right"] for row in answers if row["right"] is not None]
+            known = [row["right"] for row in answers if row["expected"]]
             right = sum(known) / len(known)
             client.log_table(record.run_id, {k: [row[k] for row in answers] for k in answers[0]}, "answers.json")
             client.log_metric(record.run_id, "right", right)
@@ -159,5 +159,5 @@ def _ask(served: ServeConfig, doc_id: str, question: _Question) -> dict[str, Any
         "without document": said(served.alias),
         "with adapter": with_adapter,
         "expected": question.expected or "",
-        "right": None if question.expected is None else exact_match(with_adapter, question.expected),
+        "right": "" if question.expected is None else exact_match(with_adapter, question.expected),
     }

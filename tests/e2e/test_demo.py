@@ -22,9 +22,15 @@ def d2l(*arguments: str, cwd: Path, exit_code: int = 0) -> dict:
 
 
 def test_demo_answers_from_adapters_and_leaves_nothing_running(tmp_path):
-    report = d2l("demo", "--port", "8123", cwd=tmp_path)
-    assert report["right_with_adapter"] >= 5 / 6
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "kestrel.md").write_text("The Kestrel 40 is a heat pump made by Norvik in Bergen. It costs 2,400 euros.")
+    (own / ".hidden.txt").write_text("Not to be read.")
+    (own / "picture.png").write_bytes(b"no document")
+    report = d2l("demo", "--port", "8123", "--documents", "own", cwd=tmp_path)
+    assert report["right_with_adapter"] >= 4 / 6
     assert not any(row["without document"] == row["expected"] for row in report["answers"])
+    assert [row["document"] for row in report["answers"] if not row["expected"]] == ["kestrel.md"]
     assert len(list((tmp_path / "demo/store/adapters").rglob(COMMIT_MARK))) == len(report["answers"])
     client = MlflowClient(f"sqlite:///{tmp_path}/demo/mlflow.db")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
