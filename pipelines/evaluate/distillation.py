@@ -76,7 +76,9 @@ class Distiller:
             target_modules=self._model.hypernetwork.config.target_modules,
             bias_rank=self._config.rank,
         )
-        lora = Hypernetwork(settings, base).to(base.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same document again gives the same LoRA
+            lora = Hypernetwork(settings, base).to(base.device)
         learner = MetaLearner(base, lora, LossConfig())
         optimizer = torch.optim.AdamW(lora.parameters(), self._config.learning_rate)
         for _ in range(self._config.steps):
