@@ -152,8 +152,8 @@ class Hypernetwork(nn.Module):
         if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
         if values["format_version"] == 1:  # before `outer_product` had its copy path, which zeros leave out
-            copies = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith(".copy")}
-            tensors |= {name: torch.zeros(t.shape) for name, t in copies.items()}
+            new = hypernetwork.state_dict().items()
+            tensors |= {name: torch.zeros(t.shape) for name, t in new if name.endswith(".copy")}
         hypernetwork.load_state_dict(
             {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True
         )

@@ -7,11 +7,10 @@ The base model's own activations address its memory. For target module m of laye
 
 where h is the residual stream entering the layer, h0 that entering the first one (the token's embedding), and each part
 is RMS-normalised; `copy` is a vector, for modules whose output is as wide as the stream: where the head is tied to the
-embeddings, adding the next token's to the stream says that token, and need not go through the MLP's bottleneck. A =
-keys, B = values, so
-delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv 2102.11174; compare
-Generative Adapter, arXiv 2411.05877). W2 and `copy` start at zero, so an untrained generator changes nothing. The rank
-is the number of tokens; internalizing compresses it.
+embeddings, adding the next token's to the stream says that token, and need not go through the MLP's bottleneck.
+A = keys, B = values, so delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv
+2102.11174; compare Generative Adapter, arXiv 2411.05877). W2 and `copy` start at zero, so an untrained generator
+changes nothing. The rank is the number of tokens; internalizing compresses it.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ be asked (oracle), or what the base model itself writes about the document.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from d2l.adapter import Adapter
@@ -63,9 +64,9 @@ class Distiller:
         (targets,) = self._teacher.targets([self._teacher.examples(document, questions, answers)])
         prompts = [base.prompt_ids([{"role": "user", "content": question}]) for question in questions]
         learned = Document(
-            [torch.tensor([base.pad_id]).numpy()],  # nothing is read
-            [torch.tensor(prompt).numpy() for prompt in prompts],
-            [torch.tensor(answer_ids(base.tokenizer, answer)).numpy() for answer in answers],
+            [np.array([base.pad_id], np.int32)],  # nothing is read
+            [np.array(prompt, np.int32) for prompt in prompts],
+            [np.array(answer_ids(base.tokenizer, answer), np.int32) for answer in answers],
             targets,
         )
         batch = collate(PackedBatch("distillation", False, [learned]), Affixes((), ()), base.pad_id).to(base.device)
