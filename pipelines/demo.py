@@ -146,10 +146,11 @@ def _own_documents(folder: Path | None) -> list[Path]:
 
 def _ask(served: ServeConfig, doc_id: str, question: _Question) -> dict[str, Any]:
     client = OpenAI(base_url=served.url, api_key="none")
+    room = 16 if question.expected else 48
 
     def said(model: str) -> str:
         messages = [{"role": "user", "content": question.text}]
-        reply = client.chat.completions.create(model=model, messages=messages, max_tokens=32)  # type: ignore[arg-type]
+        reply = client.chat.completions.create(model=model, messages=messages, max_tokens=room)  # type: ignore[arg-type]
         return (reply.choices[0].message.content or "").strip()
 
     with_adapter = said(document_model(served.alias, doc_id))
