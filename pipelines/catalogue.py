@@ -67,7 +67,7 @@ class HistoryConfig(_StoreConfig):
 class PromoteConfig(_StoreConfig):
     """The hypernetwork whose adapters are to be current."""
 
-    hypernetwork: tyro.conf.Positional[str]
+    hypernetwork: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FINGERPRINT")]
     """Its fingerprint, as `d2l catalogue show` and `history` tell it."""
     tenant: str = "default"
     """Whose documents."""
