@@ -24,7 +24,7 @@ from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Hypernetwork(nn.Module):
         tensors = load_tensors(folder / "model.safetensors")
         if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
-        if values["format_version"] == 1:  # before `outer_product` had its copy path, which zeros leave out
-            new = hypernetwork.state_dict().items()
-            tensors |= {name: torch.zeros(t.shape) for name, t in new if name.endswith(".copy")}
+        if values["format_version"] < FORMAT_VERSION:  # `outer_product` got `copy` and `ridge`, which zeros leave out
+            new = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith((".copy", ".ridge"))}
+            tensors |= {name: torch.zeros(t.shape) for name, t in new.items() if name not in tensors}
         hypernetwork.load_state_dict(
             {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True
         )
@@ -176,8 +176,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     needed = {"format_version", "fingerprint", "base_model", "base_digests", "hypernetwork"}
     if missing := sorted(needed - set(values)):
         raise UserError(f"{folder}/config.json: not a hypernetwork checkpoint, it lacks {', '.join(missing)}")
-    if values["format_version"] not in (1, FORMAT_VERSION):
-        raise UserError(f"{folder}: format version {values['format_version']}, this code reads 1 and {FORMAT_VERSION}")
+    if values["format_version"] not in range(1, FORMAT_VERSION + 1):
+        raise UserError(f"{folder}: format version {values['format_version']}, this code reads 1 to {FORMAT_VERSION}")
     return values
 
 

@@ -34,6 +34,17 @@ def distillation(logits: Tensor, teacher_log_probs: Tensor, teacher_ids: Tensor)
     return -(teacher_log_probs.float().exp() * student).sum(-1)
 
 
+def divergence(logits: Tensor, own_logits: Tensor) -> Tensor:
+    """How far each token's distribution is from the base model's own: KL(own || adapted), [tokens] float32, in nats.
+
+    Args:
+        logits: with the adapter, [tokens, vocabulary].
+        own_logits: without one, the same shape.
+    """
+    adapted, own = logits.float().log_softmax(-1), own_logits.float().log_softmax(-1)
+    return F.kl_div(adapted, own, reduction="none", log_target=True).sum(-1)
+
+
 def mean_by_document(token_losses: Tensor, answer_lengths: Sequence[int], questions: Sequence[int]) -> Tensor:
     """Mean over each answer's tokens, then over each document's questions, then over documents.
 

@@ -17,6 +17,15 @@ class Share:
     """What is learned."""
     weight: float = 1.0
     """Its share of the document tokens, relative to the others'."""
+    unrelated: float = 0.0
+    """Share of its batches in which each document is asked the questions of another one. What the base model says to
+    them by itself is learned there: an adapter shall not change answers that its document has nothing to do with."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unrelated < 1:
+            raise UserError(f"unrelated is a share of batches, at least 0 and below 1, got {self.unrelated}")
+        if self.unrelated and isinstance(self.task, NeedleTask | RepeatTask):
+            raise UserError(f"{type(self.task).__name__} asks every document the same: it has no unrelated questions")
 
 
 @dataclass(frozen=True)
@@ -166,8 +175,8 @@ def qa() -> Recipe:
         repeat,
     )
     mixed = (
-        Share(QuestionsTask(max_document_tokens=512), 0.35),
-        Share(FactsTask(max_facts=16, sentences=0.2), 0.3),
+        Share(QuestionsTask(max_document_tokens=512), 0.35, unrelated=0.15),
+        Share(FactsTask(max_facts=16, sentences=0.2), 0.3, unrelated=0.1),
         Share(NeedleTask(60, 400, keyed, prose=prose), 0.2),
         repeat,
     )

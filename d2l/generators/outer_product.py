@@ -2,15 +2,22 @@
 
 The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
 
-    key_t   = unit(c_t * diag + up(down(c_t))),                    c_t = m's input at t minus its mean over the chunk
-    value_t = (W2 silu(W1 z_t) + 10 copy * h0_t+1) * sigmoid(gate z_t) / sqrt(tokens),  z_t = [h_t, h_t+1, final_t]
+    key_t   = unit(c_t * diag + up(down(c_t))),          c_t = m's input at t minus its mean over the chunk
+    value_t = W2 silu(W1 z_t) + copy * h0_t+1,           z_t = [h_t, h_t+1, final_t]
+    gate_t  = sigmoid(w z_t)
 
 where h is the residual stream entering the layer, h0 that entering the first one (the token's embedding), and each part
 is RMS-normalised; `copy` is a vector, for modules whose output is as wide as the stream: where the head is tied to the
 embeddings, adding the next token's to the stream says that token, and need not go through the MLP's bottleneck.
-A = keys, B = values, so delta W = sum_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv
-2102.11174; compare Generative Adapter, arXiv 2411.05877). W2 and `copy` start at zero, so an untrained generator
-changes nothing. The rank is the number of tokens; internalizing compresses it.
+The chunk's update is the ridge regression from keys to values, with the ridge 1/s learned for each layer:
+
+    delta W = (1 + s)/s / sqrt(tokens) * argmin_W sum_t gate_t |W key_t - value_t|^2 + |W|^2 / s
+
+With s = 0 that is sum_t gate_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv
+2102.11174; compare Generative Adapter, arXiv 2411.05877), in which what is written at one key is read at all that are
+like it. The regression takes that out (as the mesa layer does along a sequence, arXiv 2309.05858). A = keys, B = its
+dual solution: the rank is the number of tokens; internalizing compresses it. W2 and `copy` start at zero, so an
+untrained generator changes nothing.
 """
 
 from dataclasses import dataclass
@@ -24,8 +31,8 @@ from d2l.context_encoder import Features
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
 
-_COPY_RATE = 10.0
-"""`copy` is learned by so much faster than other weights: it has to become of the order of 1."""
+_RATE = 10.0
+"""`copy` and s are learned by so much faster than other weights: they are of the order of 1."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class _Writer(nn.Module):
         self.key_diagonal = nn.Parameter(torch.ones(d_in))
         self.key_down = nn.Linear(d_in, config.key_rank, bias=False)
         self.key_up = nn.Linear(config.key_rank, d_in, bias=False)
+        self.ridge = nn.Parameter(torch.tensor([1 / _RATE]))
         # One column more than the MLP is wide: the gate.
         self.stream_in = nn.Linear(hidden_size, 2 * (config.value_width + 1), bias=False)
         self.final_in = nn.Linear(hidden_size, config.value_width + 1)
@@ -96,16 +104,25 @@ class _Writer(nn.Module):
     ) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi
         key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
-        # The key's norm divides the value: a pass over the narrower of the two, and the same outer product.
+        # The key's norm divides the dual: a pass over the narrower of the two, and the same outer product.
         norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
         own, following = self.stream_in(h_NTd).chunk(2, -1)
         hidden = self.final_in(final_NTd) + own + _next(following)
-        scale_NT1 = torch.sigmoid(hidden[..., :1]) * weights_N1T.sqrt().mT / norm_NT1
         value_NTo = self.value_out(F.silu(hidden[..., 1:]))
         if self.copy is not None:
-            copy = (_COPY_RATE * self.copy).to(value_NTo.dtype)
-            value_NTo = torch.addcmul(value_NTo, next_NTd, copy)
-        return LowRank(key_NTi, value_NTo * scale_NT1.to(value_NTo.dtype))
+            value_NTo = torch.addcmul(value_NTo, next_NTd, (_RATE * self.copy).to(value_NTo.dtype))
+        gate_NT1 = torch.sigmoid(hidden[..., :1].float()).masked_fill(weights_N1T.mT == 0, 0)
+        root_NT1 = gate_NT1.sqrt()
+        dual_NTo = self._regressed(key_NTi * (root_NT1 / norm_NT1), value_NTo * root_NT1)
+        return LowRank(key_NTi, (dual_NTo * (root_NT1 * weights_N1T.mT.sqrt() / norm_NT1)).to(value_NTo.dtype))
+
+    def _regressed(self, key_NTi: Tensor, value_NTo: Tensor) -> Tensor:
+        """The dual solution (1 + s) (1 + s K K^T)^-1 V, float32."""
+        s = (_RATE * self.ridge.float()).clamp(min=0)
+        with torch.autocast(key_NTi.device.type, enabled=False):
+            gram_NTT = s * (key_NTi @ key_NTi.mT)
+            gram_NTT.diagonal(dim1=-2, dim2=-1).add_(1)
+            return (1 + s) * torch.cholesky_solve(value_NTo.float(), torch.linalg.cholesky(gram_NTT))
 
 
 def _next(x_NTd: Tensor) -> Tensor:

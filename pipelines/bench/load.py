@@ -7,9 +7,10 @@ Clients ask over HTTP without pause, their documents drawn by Zipf's law:
   A deployment more stands in between, so compare loads and hits, not seconds;
 - `uploads`: `affinity` again, while documents are uploaded and asked about at once.
 
-`failures` are answers that were neither a whole completion nor an honest 429 with Retry-After; `loads_per_1000` and
-`hits` are adapters read from disk per 1,000 requests to engines, and the share that found theirs; `engine_mb` is the
-resident memory of all engines of this machine after a fifth of the time and at the end.
+`gateway_overhead_ms` is what gateway and HTTP add, at the median and with nothing else going on, to a call of the
+engines' deployment for one token. `failures` are answers that were neither a whole completion nor an honest 429 with
+Retry-After; `loads_per_1000` and `hits` are adapters read from disk per 1,000 requests to engines, and the share that
+found theirs; `engine_mb` is the resident memory of all engines here after a fifth of the time and at the end.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-from openai import APIError, AsyncOpenAI, RateLimitError
+from openai import APIError, AsyncOpenAI, OpenAI, RateLimitError
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -38,11 +39,13 @@ from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
+from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.model import SHIPPED
 from d2l.store import AdapterStore
 from pipelines import cluster
 from pipelines.bench.serve import random_adapter
+from pipelines.bench.timing import interleaved
 from serve.app import APP_NAME, ServeConfig, run
 from serve.catalogue.deployment import CatalogueDeployment
 from serve.engine.adapter_cache import Key
@@ -51,6 +54,7 @@ from serve.engine.deployment import Engine, EngineRequest
 from serve.engine.metrics import EngineMetrics
 from serve.gateway.deployment import Gateway
 
+_OVERHEAD_ROUNDS = 100
 _SAMPLE_EVERY_S = 5.0
 _HITS, _LOADS = "ray_d2l_adapter_hits", "ray_d2l_adapter_loads"
 _METRICS_S = 15.0
@@ -99,8 +103,8 @@ class BenchLoadConfig:
 
 
 def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
-    """Failures, loads, latencies and memory, ours and Serve's."""
-    report = {}
+    """Overhead, failures, loads, latencies and memory, ours and Serve's."""
+    report: dict[str, Any] = {}
     cluster.connect(worker_output=False)
     with TemporaryDirectory() as folder:
         size = _fill(config, folder)
@@ -118,10 +122,25 @@ def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
         for name, start in (("affinity", _serve), ("multiplexed", _serve_multiplexed), ("uploads", _serve)):
             try:
                 start(config, served)
+                if not report:
+                    report["gateway_overhead_ms"] = _gateway_overhead_ms(served)
                 report[name] = asyncio.run(_Load(config, served).run(uploads=name == "uploads"))
             finally:
                 serve.shutdown()
     return report
+
+
+def _gateway_overhead_ms(served: ServeConfig) -> float:
+    client = OpenAI(base_url=served.url, api_key="none", max_retries=0)
+    engine = serve.get_deployment_handle(Engine.name, APP_NAME)
+    messages: Any = [{"role": "user", "content": "What is this page about?"}]
+    request = EngineRequest(messages, "default", (), SamplingConfig(max_new_tokens=1))
+    alternatives: dict[str, Callable[[], object]] = {
+        "gateway": lambda: client.chat.completions.create(model=served.alias, messages=messages, max_tokens=1),
+        "engine": lambda: engine.complete.remote(request).result(),
+    }
+    seconds = interleaved(alternatives, _OVERHEAD_ROUNDS)
+    return 1000 * (seconds["gateway"] - seconds["engine"])
 
 
 def _fill(config: BenchLoadConfig, folder: str) -> int:

@@ -28,6 +28,8 @@ class PackedBatch:
     """Whether the given answers are learned, or only the teacher's log-probabilities along them."""
     documents: list[Document]
     """At least one."""
+    unrelated: bool = False
+    """Whether documents and questions have nothing to do with each other: the base model's own words are learned."""
 
 
 def pack(
@@ -57,6 +59,15 @@ def pack(
     return batches
 
 
+def unrelated(batch: PackedBatch) -> PackedBatch:
+    """The batch, with each document asked the questions of the one before it."""
+    documents = [
+        replace(own, prompts=other.prompts, answers=other.answers, targets=None, text=None)
+        for own, other in zip(batch.documents, batch.documents[-1:] + batch.documents[:-1], strict=True)
+    ]
+    return PackedBatch("unrelated", False, documents, unrelated=True)
+
+
 def shuffled(batches: Sequence[PackedBatch], seed: str) -> list[PackedBatch]:
     """The batches in an order that follows from `seed`."""
     order = list(batches)
@@ -72,6 +83,8 @@ class TrainingBatch:
     """Name of the task that they are of."""
     learns_answers: bool
     """Whether the given answers are learned."""
+    unrelated: bool
+    """Whether the base model's own words along the answers are learned."""
     chunks: ChunkBatch
     """Chunks of all documents, one after the other."""
     chunks_per_document: list[int]
@@ -79,6 +92,8 @@ class TrainingBatch:
     """How many questions each document has."""
     ids: Tensor
     """[questions, tokens] int64: prompt and answer, padded on the right."""
+    stem: int
+    """So many tokens begin every prompt: read once for all questions of a document. 0 where each has but one."""
     places: Tensor
     """[answer tokens] int64: where in the flattened `ids` the tokens before those of the answers stand."""
     labels: Tensor
@@ -124,13 +139,22 @@ def collate(batch: PackedBatch, affixes: Affixes, pad_id: int) -> TrainingBatch:
     return TrainingBatch(
         task=batch.task,
         learns_answers=batch.learns_answers,
+        unrelated=batch.unrelated,
         chunks=batch_chunks([chunk.tolist() for document in documents for chunk in document.chunks], affixes, pad_id),
         chunks_per_document=[len(document.chunks) for document in documents],
         questions=[len(document.prompts) for document in documents],
         ids=torch.from_numpy(ids),
+        stem=_common_prefix(prompts) if len(prompts) > len(documents) else 0,
         places=torch.from_numpy(np.concatenate(places)),
         labels=torch.from_numpy(np.concatenate(answers).astype(np.int64)),
         answer_lengths=[len(answer) for answer in answers],
         teacher_ids=torch.from_numpy(np.concatenate([t.ids for t in targets]).astype(np.int64)) if targets else None,
         teacher_log_probs=torch.from_numpy(np.concatenate([t.log_probs for t in targets])) if targets else None,
     )
+
+
+def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
+    """Tokens that all begin with, the last one of the shortest not among them."""
+    shortest = min(map(len, prompts)) - 1
+    differs = np.stack([prompt[:shortest] != prompts[0][:shortest] for prompt in prompts]).any(0)
+    return int(differs.argmax()) if differs.any() else shortest

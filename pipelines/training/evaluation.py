@@ -52,7 +52,7 @@ def answer_samples(
         batch = collate(replace(batches[0], documents=first), affixes, base.pad_id).to(base.device)
         _, adapted = learner.adapters(batch)
         prompts = [document.prompts[0].tolist() for document in first]
-        with adapted():
+        with adapted([1] * len(prompts)):
             answers = generate(base, prompts, [None] * len(prompts), SamplingConfig(max_new_tokens=_ANSWER_TOKENS))
         for document, answer in zip(first, answers, strict=True):
             assert document.text is not None

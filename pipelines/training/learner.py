@@ -1,9 +1,10 @@
 """The learner: hypernetwork and frozen base model as one module, from a batch to its loss.
 
-A document is encoded once for all its questions. Weights are float32, matrix products in the base model's dtype.
+A document is encoded once for all its questions, and what all prompts begin with is read once for each document.
+Weights are float32, matrix products in the base model's dtype.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -12,14 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from d2l.base_model import BaseModel
 from d2l.factors import Factors, combine_chunks, map_tensors
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
-from d2l.losses import cross_entropy, distillation, l1, mean_by_document
+from d2l.losses import cross_entropy, distillation, divergence, l1, mean_by_document
 from pipelines.recipes import LossConfig
 from pipelines.training.batches import TrainingBatch
+
+Adapted = Callable[[Sequence[int]], AbstractContextManager[None]]
+"""See `MetaLearner.adapters`."""
 
 
 class MetaLearner(nn.Module):
@@ -40,25 +45,35 @@ class MetaLearner(nn.Module):
 
         Returns:
             The loss, a scalar; and `answer_loss`, `token_accuracy`, `exact_match` (share of answers that are right
-            throughout, given their beginnings), where there is a teacher `teacher_loss`, where it counts `l1`.
+            throughout, given their beginnings), or where questions are unrelated `divergence_loss`; where there is a
+            teacher `teacher_loss`, where it counts `l1`.
         """
-        base = self._base[0]
         chunk_factors, adapted = self.adapters(batch)
-        recomputed = _recomputed(base, adapted) if self.gradient_checkpointing else nullcontext()
-        with adapted(), recomputed:
-            hidden = base.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
-        # Only where answers stand: the head is by far the widest matrix.
-        logits = F.linear(hidden.flatten(0, 1)[batch.places], base.model.get_output_embeddings().weight)
-        if self._softcap:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return self._losses(batch, logits, chunk_factors)
+        return self._losses(batch, self._logits(batch, adapted), chunk_factors)
 
-    def adapters(self, batch: TrainingBatch) -> tuple[Factors, Callable[[], AbstractContextManager[None]]]:
+    def _logits(self, batch: TrainingBatch, adapted: Adapted) -> Tensor:
+        """[answer tokens, vocabulary]: only where answers stand, for the head is by far the widest matrix."""
+        base = self._base[0]
+        stem, cache, recomputed = batch.stem, None, nullcontext()
+        if self.gradient_checkpointing:  # a layer that is run again would put its keys into the cache again
+            stem, recomputed = 0, _recomputed(base, partial(adapted, batch.questions))
+        if stem:
+            cache = DynamicCache(config=base.model.config)
+            with adapted([1] * len(batch.questions)):
+                base.decoder(input_ids=batch.ids[: len(batch.questions), :stem], cache=cache, use_cache=True)
+            cache.batch_repeat_interleave(torch.tensor(batch.questions, device=batch.ids.device))
+        with adapted(batch.questions), recomputed:
+            hidden = base.decoder(input_ids=batch.ids[:, stem:], cache=cache, use_cache=bool(stem)).last_hidden_state
+        places = batch.places - stem * (batch.places // batch.ids.shape[1] + 1)
+        logits = F.linear(hidden.flatten(0, 1)[places], base.model.get_output_embeddings().weight)
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    def adapters(self, batch: TrainingBatch) -> tuple[Factors, Adapted]:
         """Generate the adapters of a batch's documents.
 
         Returns:
-            The factors of each chunk, and a function to a context in which the base model has, in a batch of one row to
-            a question, the adapter of the question's document.
+            The factors of each chunk, and a function from how many rows each document has, one after the other, to a
+            context in which the base model has its document's adapter in each row.
         """
         base, dtype = self._base[0], self._base[0].dtype
         mixed = torch.autocast(base.device.type, dtype) if dtype != torch.float32 else nullcontext()
@@ -67,11 +82,11 @@ class MetaLearner(nn.Module):
         factors = map_tensors(combine_chunks(chunk_factors, batch.chunks_per_document), lambda t: t.to(dtype))
         bias = map_tensors(self.hypernetwork.bias_factors() or {}, lambda t: t.to(dtype).unsqueeze(1))
         layers, scale = self.hypernetwork.layers, self.hypernetwork.config.scale
-        documents = Rows(tuple(i for i, count in enumerate(batch.questions) for _ in range(count)))
-        everywhere = Rows((0,) * len(batch.ids))
 
         @contextmanager
-        def adapted() -> Iterator[None]:
+        def adapted(rows: Sequence[int]) -> Iterator[None]:
+            documents = Rows(tuple(i for i, count in enumerate(rows) for _ in range(count)))
+            everywhere = Rows((0,) * sum(rows))
             # On CPUs, the backward pass of the flash kernel is slow for many short rows.
             attention = sdpa_kernel(SDPBackend.MATH) if base.device.type == "cpu" else nullcontext()
             own, shared = inject(base, factors, documents, layers, scale), inject(base, bias, everywhere, layers, scale)
@@ -84,12 +99,18 @@ class MetaLearner(nn.Module):
         def mean(losses: Tensor) -> Tensor:
             return mean_by_document(losses, batch.answer_lengths, batch.questions)
 
-        with nullcontext() if batch.learns_answers else torch.no_grad():
-            answer_loss = mean(cross_entropy(logits, batch.labels))
-        loss = self.weights.answers * answer_loss if batch.learns_answers else torch.zeros_like(answer_loss)
-        right = logits.detach().argmax(-1) == batch.labels
-        exact = torch.stack([part.all() for part in right.split(batch.answer_lengths)]).float().mean()
-        metrics = {"answer_loss": answer_loss, "token_accuracy": right.float().mean(), "exact_match": exact}
+        if batch.unrelated:
+            with torch.no_grad():
+                own = self._logits(batch, lambda _: nullcontext())
+            loss = mean(divergence(logits, own))
+            metrics = {"divergence_loss": loss}
+        else:
+            with nullcontext() if batch.learns_answers else torch.no_grad():
+                answer_loss = mean(cross_entropy(logits, batch.labels))
+            loss = self.weights.answers * answer_loss if batch.learns_answers else torch.zeros_like(answer_loss)
+            right = logits.detach().argmax(-1) == batch.labels
+            exact = torch.stack([part.all() for part in right.split(batch.answer_lengths)]).float().mean()
+            metrics = {"answer_loss": answer_loss, "token_accuracy": right.float().mean(), "exact_match": exact}
         if batch.teacher_ids is not None:
             assert batch.teacher_log_probs is not None
             metrics["teacher_loss"] = mean(distillation(logits, batch.teacher_log_probs, batch.teacher_ids))

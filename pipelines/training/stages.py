@@ -3,6 +3,7 @@
 A window has documents of each task, in proportion to the tasks' shares. Which ones follows from the window's number.
 """
 
+import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.base_model import resolve
 from pipelines.recipes import Recipe
-from pipelines.training.batches import PackedBatch, pack, shuffled
+from pipelines.training.batches import PackedBatch, pack, shuffled, unrelated
 from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceConfig, Task, open_task
 
 WINDOW_BATCHES = 8
@@ -28,6 +29,8 @@ class StageData:
     """One to a task."""
     rates: tuple[float, ...]
     """Documents of each task in a window, on average."""
+    unrelated: tuple[float, ...]
+    """See `Share.unrelated`; one to a task."""
     batch_tokens: int
     question_tokens: int
     shards: int
@@ -46,13 +49,15 @@ class StageData:
         """The batches of a window in their order, and how many documents were skipped or cut, by reason."""
         batches: list[PackedBatch] = []
         skipped: Counter[str] = Counter()
-        for task, source, rate in zip(self.tasks, self.sources, self.rates, strict=True):
+        for task, source, rate, share in zip(self.tasks, self.sources, self.rates, self.unrelated, strict=True):
             start, stop = int(number * rate), int((number + 1) * rate)
             documents, reasons = source.documents(tokenizer, shard, self.shards, start, stop)
             skipped += reasons
             learns_answers = not isinstance(task, QuestionsTask) or task.targets != "teacher"
             packed = pack(documents, self.batch_tokens, self.question_tokens, skipped)
-            batches += [PackedBatch(source.name, learns_answers, part) for part in packed]
+            own = [PackedBatch(source.name, learns_answers, part) for part in packed]
+            rng = random.Random(f"{source.seed}/{shard}/{number}/unrelated")
+            batches += [unrelated(b) if len(b.documents) > 1 and rng.random() < share else b for b in own]
         return shuffled(batches, f"{self.seed}/{shard}/{number}"), skipped
 
 
@@ -75,7 +80,8 @@ def open_stages(recipe: Recipe) -> list[StageData]:
         seed = f"{recipe.seed}/{number}"
         shards = recipe.batches_per_step
         budgets = stage.batch_tokens, stage.question_tokens
-        opened.append(StageData(recipe.base, tasks, tuple(sources), rates, *budgets, shards, seed))  # type: ignore[arg-type]
+        unrelated = tuple(share.unrelated for share in stage.mixture)
+        opened.append(StageData(recipe.base, tasks, tuple(sources), rates, unrelated, *budgets, shards, seed))  # type: ignore[arg-type]
     return opened
 
 

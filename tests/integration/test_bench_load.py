@@ -19,6 +19,7 @@ def test_every_request_is_accounted_for(ray_cluster: None, tiny_llama: BaseModel
     sizes = {"replicas": 1, "adapters": 30, "rank": 4, "max_batch_size": 2, "max_queued_requests": 4}
     config = BenchLoadConfig(tmp_path, seconds=10, clients=CLIENTS, upload_every_s=1, port=port, **sizes)
     report = bench_load(config)
+    assert 0 < report.pop("gateway_overhead_ms") < 1000
     assert list(report) == ["affinity", "multiplexed", "uploads"]
     for load in report.values():
         assert load["failures"] == {}

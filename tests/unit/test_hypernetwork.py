@@ -160,7 +160,7 @@ def test_other_weights_of_the_base_model_are_warned_about(tiny_llama: BaseModel,
         ("flipped", r"weights have digest [0-9a-f]{16}, config\.json says [0-9a-f]{16}: damaged"),
         ("no weights", r"model\.safetensors: no such file"),
         ("no folder", r"config\.json: no such file"),
-        ("other version", r"format version 99, this code reads 1 and 2"),
+        ("other version", r"format version 99, this code reads 1 to 3"),
         ("missing field", r"config\.json: not a hypernetwork checkpoint, it lacks base_digests, fingerprint"),
         ("unknown setting", r"config\.json: hypernetwork: unknown field\(s\) colour"),
         ("other setting", r"weights have digest [0-9a-f]{16}, config\.json says [0-9a-f]{16}: damaged"),
@@ -195,13 +195,16 @@ def test_damaged_checkpoints_are_refused(tiny_llama: BaseModel, tmp_path: Path, 
         Hypernetwork.from_pretrained(folder, tiny_llama)
 
 
-def test_checkpoints_from_before_the_copy_path_are_read(tiny_llama: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "lacks"), [(1, (".copy", ".ridge")), (2, (".ridge",))])
+def test_checkpoints_of_older_versions_are_read(
+    tiny_llama: BaseModel, tmp_path: Path, version: int, lacks: tuple[str, ...]
+) -> None:
     hypernetwork = tiny_hypernetwork(tiny_llama)
     hypernetwork.save_pretrained(tmp_path)
-    old = {name: t for name, t in hypernetwork.state_dict().items() if not name.endswith(".copy")}
+    old = {name: t for name, t in hypernetwork.state_dict().items() if not name.endswith(lacks)}
     fingerprint = _fingerprint(json.loads((tmp_path / "config.json").read_text())["hypernetwork"], old)
     save_file(old, tmp_path / "model.safetensors")
-    edit(tmp_path / "config.json", format_version=1, fingerprint=fingerprint)
+    edit(tmp_path / "config.json", format_version=version, fingerprint=fingerprint)
     found = Hypernetwork.from_pretrained(tmp_path, tiny_llama)
     assert found.fingerprint() == fingerprint
     for name, t in found.state_dict().items():

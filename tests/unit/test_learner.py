@@ -9,7 +9,7 @@ import torch
 from d2l.chunking import Affixes, ChunkingConfig
 from pipelines.recipes import LossConfig
 from pipelines.teacher import TOP, Targets
-from pipelines.training.batches import PackedBatch, collate
+from pipelines.training.batches import PackedBatch, collate, unrelated
 from pipelines.training.evaluation import answer_samples, evaluate
 from pipelines.training.learner import MetaLearner
 from pipelines.training.tasks import NeedleTask, SourceConfig, open_task
@@ -39,6 +39,23 @@ def test_the_loss_is_the_mean_of_the_documents_own(tiny_base, documents, generat
     whole, _ = learner(batch_of(tiny_base, documents))
     each = [learner(batch_of(tiny_base, [document]))[0] for document in documents]
     torch.testing.assert_close(whole, torch.stack(each).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_unrelated_questions_are_learned_as_the_base_model_answers_them(tiny_base, documents):
+    packed = unrelated(PackedBatch("needle", True, documents))
+    assert [d.chunks for d in packed.documents] == [d.chunks for d in documents]
+    assert [d.prompts for d in packed.documents] == [documents[i - 1].prompts for i in range(len(documents))]
+    batch = collate(packed, Affixes.of(tiny_base.tokenizer), tiny_base.pad_id)
+    learner = learner_of(tiny_base)
+    loss, metrics = learner(batch)
+    assert loss > 1e-3
+    assert metrics.keys() == {"divergence_loss"}
+    loss.backward()
+    assert all(p.grad is not None for p in learner.parameters())
+    with torch.no_grad():
+        for weights in learner.parameters():
+            weights.zero_()
+    assert abs(learner(batch)[0]) < 1e-5  # an adapter that does nothing costs nothing
 
 
 @pytest.mark.parametrize("generator", ["outer_product", "perceiver"])

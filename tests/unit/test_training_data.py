@@ -120,6 +120,16 @@ def test_shares_are_of_tokens_and_padding_is_low(tiny_llama, tmp_path):
     assert batches / 10 == pytest.approx(WINDOW_BATCHES, rel=0.4)
 
 
+def test_a_share_of_batches_has_questions_of_other_documents(tiny_llama):
+    recipe = recipe_of(tiny_llama, Share(FactsTask(1, 2), unrelated=0.4))
+    (stage,) = open_stages(recipe)
+    batches = [b for number in range(20) for b in stage.window(tiny_llama.tokenizer, 0, number)[0]]
+    share = sum(batch.unrelated for batch in batches) / len(batches)
+    assert share == pytest.approx(0.4, abs=0.12)
+    assert {(b.task, b.unrelated) for b in batches} == {("facts", False), ("unrelated", True)}
+    assert all(len(b.documents) > 1 for b in batches if b.unrelated)
+
+
 def test_what_cannot_be_used_is_counted(tiny_llama, tmp_path):
     good = "The magic number is 12."
     rows = [
@@ -243,6 +253,8 @@ def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
         (lambda: NeedleTask(50, 40), "min_tokens <= max_tokens"),
         (lambda: FactsTask(3, 2), "min_facts <= max_facts"),
         (lambda: Stage(1, (Share(NeedleTask(40, 500)),), batch_tokens=400), "do not fit batch_tokens 400"),
+        (lambda: Share(NeedleTask(), unrelated=0.1), "asks every document the same"),
+        (lambda: Share(FactsTask(), unrelated=1.0), "below 1, got 1.0"),
         (lambda: Stage(1, ()), "tasks with weights above 0"),
         (lambda: Recipe(), "no steps"),
         (lambda: open_task(QuestionsTask(), SourceConfig(ChunkingConfig()), "s", None), "needs a training set"),
