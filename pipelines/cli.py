@@ -46,6 +46,14 @@ COMMANDS = {
     "train qa": _Command(
         "pipelines.training.job:train", "pipelines.training.job:qa_run", "meta-train one to answer questions"
     ),
+    "train static": _Command(
+        "pipelines.training.job:train", "pipelines.training.job:static_run", "train one adapter for all documents"
+    ),
+    "train tuned-reader": _Command(
+        "pipelines.training.job:train",
+        "pipelines.training.job:tuned_reader_run",
+        "train one for reading documents in the prompt",
+    ),
     "train gemma2-2b": _Command(
         "pipelines.training.job:train", "pipelines.training.job:gemma2_2b_run", "the paper's recipe for Gemma 2 2B"
     ),

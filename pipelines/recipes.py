@@ -190,6 +190,23 @@ def qa() -> Recipe:
     )
 
 
+def static() -> Recipe:
+    """One adapter for all documents: it learns what answers look like, and of no document anything."""
+    return _baseline(QuestionsTask(max_document_tokens=512))
+
+
+def tuned_reader() -> Recipe:
+    """One adapter for all documents, with the document in the prompt: what a model of its size can answer at all."""
+    return _baseline(QuestionsTask(max_document_tokens=512, in_prompt=True))
+
+
+def _baseline(task: QuestionsTask) -> Recipe:
+    """What is to be beaten, or come near to: a LoRA as `d2l train qa` writes one, of the rank that is stored."""
+    hypernetwork = HypernetworkConfig("static", encoder=EncoderConfig("early_exit", 1), bias_rank=128)
+    # A batch of one document reads it once for all its questions.
+    return Recipe(hypernetwork=hypernetwork, stages=(Stage(250, (Share(task),), batch_tokens=512),), batches_per_step=4)
+
+
 def gemma2_2b() -> Recipe:
     """The paper's question answering on Gemma 2 2B."""
     return _paper("google/gemma-2-2b-it")

@@ -7,10 +7,13 @@ a restart, and what has begun with the one before is finished with it.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ray import serve
+from ray.util.metrics import Histogram
 
 from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
@@ -24,6 +27,7 @@ from d2l.store import AdapterStore, adapter_id
 from serve.errors import ApiError, storage_error
 
 _BATCH_WAIT_S = 0.02
+_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 logger = logging.getLogger("ray.serve")
 
@@ -59,6 +63,9 @@ class Internalizer:
         self._store = AdapterStore(store)
         self._embedder = Embedder(EmbeddingModel.of(embedding), device) if embedding else None
         self._computing = asyncio.Lock()
+        self._seconds = Histogram(
+            "d2l_internalize_s", "A document's time in a stage, waiting included.", _SECONDS, ("stage",)
+        )
 
     async def reconfigure(self, config: dict[str, str]) -> None:
         """Called by Serve with `user_config`: `hypernetwork` is a checkpoint folder.
@@ -91,12 +98,14 @@ class Internalizer:
         adapter = await self._stored(work.tenant, target)
         if adapter is None:
             job = _Job(maker, work)
-            found = (await self._compute([job]))[0] if work.long else await self._together(job)
+            with self._timed("internalize"):
+                found = (await self._compute([job]))[0] if work.long else await self._together(job)
             if isinstance(found, UserError):
                 raise found
             adapter = found
         try:
-            size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
+            with self._timed("store"):
+                size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
         except UserError as error:
             raise storage_error(error) from error
         vector = await self._vector(work)
@@ -117,6 +126,12 @@ class Internalizer:
             embedding_model=self._embedder.name if self._embedder else "",
         )
 
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds.observe(time.perf_counter() - began, {"stage": stage})
+
     async def _stored(self, tenant: str, target: str) -> Adapter | None:
         """The adapter, if it is there already."""
         try:
@@ -129,8 +144,10 @@ class Internalizer:
     async def _vector(self, work: Internalization) -> list[float] | None:
         if self._embedder is None:
             return None
-        async with self._computing:
-            return (await asyncio.to_thread(self._embedder, [work.text]))[0].tolist()
+        with self._timed("embed"):
+            async with self._computing:
+                [passages] = await asyncio.to_thread(self._embedder, [work.text])
+        return passages.flatten().tolist()
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
     async def _together(self, jobs: list["_Job"]) -> list[Adapter | UserError]:

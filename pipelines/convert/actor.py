@@ -266,7 +266,8 @@ class Converter:
         wanted = list({row["adapter_id"]: None for row in results if row["event"] in ("ready", EMBEDDED)})
         if not wanted or self.embedder is None:
             return results
-        vectors = dict(zip(wanted, self.embedder([texts[name] for name in wanted]).tolist(), strict=True))
+        passages = self.embedder([texts[name] for name in wanted])
+        vectors = {name: own.flatten().tolist() for name, own in zip(wanted, passages, strict=True)}
         model = self.embedder.name
         return [
             row | {"embedding": vectors[row["adapter_id"]], "embedding_model": model}

@@ -39,8 +39,6 @@ WORKER_ENVIRONMENT = {
     # much larger ones it should give back, or fragments pile up.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
-    # A thread that spins at a barrier steals the core that its partner waits for.
-    "OMP_WAIT_POLICY": "PASSIVE",
     # What MLflow's server does not take is tried again by the tracker.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -97,6 +95,16 @@ def facts_run() -> TrainConfig:
 def qa_run() -> TrainConfig:
     """The default of `d2l train qa`."""
     return TrainConfig(recipes.qa(), "runs/qa")
+
+
+def static_run() -> TrainConfig:
+    """The default of `d2l train static`."""
+    return TrainConfig(recipes.static(), "runs/static")
+
+
+def tuned_reader_run() -> TrainConfig:
+    """The default of `d2l train tuned-reader`."""
+    return TrainConfig(recipes.tuned_reader(), "runs/tuned-reader")
 
 
 def gemma2_2b_run() -> TrainConfig:

@@ -61,7 +61,8 @@ class MetaLearner(nn.Module):
             cache = DynamicCache(config=base.model.config)
             with adapted([1] * len(batch.questions)):
                 base.decoder(input_ids=batch.ids[: len(batch.questions), :stem], cache=cache, use_cache=True)
-            cache.batch_repeat_interleave(torch.tensor(batch.questions, device=batch.ids.device))
+            rows = [i for i, count in enumerate(batch.questions) for _ in range(count)]
+            cache.batch_select_indices(torch.tensor(rows, device=batch.ids.device))
         with adapted(batch.questions), recomputed:
             hidden = base.decoder(input_ids=batch.ids[:, stem:], cache=cache, use_cache=bool(stem)).last_hidden_state
         places = batch.places - stem * (batch.places // batch.ids.shape[1] + 1)

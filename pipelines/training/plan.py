@@ -54,8 +54,9 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Base models whose shapes are known without their files; what is not named is their architecture's default."""
-_QUESTIONS, _PROMPT_TOKENS, _ANSWER_TOKENS, _AFFIX_TOKENS = 4, 48, 16, 16
-"""Assumed of each document: questions, and tokens of a prompt, an answer, and a chunk's affixes."""
+_QUESTIONS, _PROMPT_TOKENS, _STEM_TOKENS, _ANSWER_TOKENS, _AFFIX_TOKENS = 4, 48, 24, 16, 16
+"""Assumed of each document: questions, and tokens of a prompt, of what all prompts begin with, of an answer, and of a
+chunk's affixes."""
 _CPU_TFLOPS, _GPU_TFLOPS = 0.3, 400.0
 """Assumed rates of one device: about what is sustained on 2 cores with AMX, and on an H100."""
 
@@ -134,7 +135,7 @@ def _fake_batch(recipe: Recipe, stage: Stage) -> TrainingBatch:
     chunks = math.ceil(tokens / recipe.hypernetwork.chunking.max_chunk_tokens)
     document = Document(
         chunks=[np.zeros(tokens // chunks, np.int32)] * chunks,
-        prompts=[np.zeros(_PROMPT_TOKENS, np.int32)] * _QUESTIONS,
+        prompts=[np.repeat(np.int32([0, i]), [_STEM_TOKENS, _PROMPT_TOKENS - _STEM_TOKENS]) for i in range(_QUESTIONS)],
         answers=[np.zeros(_ANSWER_TOKENS, np.int32)] * _QUESTIONS,
     )
     documents = [document] * max(1, stage.batch_tokens // tokens)

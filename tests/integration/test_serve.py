@@ -40,7 +40,7 @@ class Server:
 
     client: OpenAI
     library: DocToLora
-    store: Path
+    store: Path | str
     adapters: dict[str, Adapter]
 
     def add(self, doc_id: str, adapter: Adapter) -> str:
@@ -303,7 +303,7 @@ def test_other_paths(server: Server):
 def test_a_damaged_adapter_fails_alone(server: Server):
     server.add("damaged", server.library.internalize("This one will be damaged."))
     event = Catalogue(server.store).resolve("default", "damaged")
-    (server.store / "adapters" / "default" / event.adapter_id / WEIGHTS_FILE).write_bytes(b"no weights")
+    (Path(server.store) / "adapters" / "default" / event.adapter_id / WEIGHTS_FILE).write_bytes(b"no weights")
     wait_until(lambda: f"{ALIAS}:damaged" in names(server))
     with pytest.raises(openai.InternalServerError, match="cannot be loaded"):
         server.ask(f"{ALIAS}:damaged")

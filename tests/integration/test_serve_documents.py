@@ -1,6 +1,7 @@
 """Documents, keys and tenants through HTTP: two gateways, so that what one is told the other has to know."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -380,3 +381,17 @@ def test_logs_have_no_keys(server: Server) -> None:
         content = file.read_bytes()
         assert not any(secret in content for secret in secrets), file
     assert json.loads(server.keys_file.read_text())["keys"]
+
+
+def test_metrics_have_stages_and_no_names(server: Server) -> None:
+    server.upload("measured", "The number of this one is 6.")
+    deadline = time.monotonic() + 40
+    stages: set[str] = set()
+    while stages != {"internalize", "store"}:
+        assert time.monotonic() < deadline, stages
+        time.sleep(1)
+        (node,) = ray.nodes()
+        text = requests.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10).text
+        ours = [line for line in text.splitlines() if line.startswith("ray_d2l_")]
+        stages = set(re.findall(r'internalize_s_count{.*Stage="(\w+)"', "\n".join(ours), re.IGNORECASE))
+    assert not any(name in line for name in ("acme", "rival", "harbour", "measured") for line in ours)
