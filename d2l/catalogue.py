@@ -24,7 +24,6 @@ from deltalake import ColumnProperties, DeltaTable, WriterProperties, write_delt
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from d2l.errors import UserError
-from d2l.passages import Passages
 from d2l.storage import Storage, one_line, reported
 from d2l.store import check_doc_id, check_tenant
 
@@ -258,16 +257,15 @@ class Catalogue:
             events = self._read(sorted(self._files), SCHEMA.names, wanted) if self._files else iter(())
             return sorted(events, key=lambda event: event.order)
 
-    def embeddings(self, tenant: str, model: str, width: int) -> tuple[list[Event], Passages]:
+    def embeddings(self, tenant: str, model: str) -> tuple[list[Event], list[np.ndarray]]:
         """What a tenant's current documents are about, as far as a model was asked; read from the table.
 
         Args:
             tenant: whose documents.
             model: name of the embedding model, as `d2l.embedding` gives it.
-            width: numbers of one of its vectors.
 
         Returns:
-            The documents' current events, and their passages.
+            The documents' current events, and their embeddings: float32, the vectors of the passages in one row.
         """
         current = {event.doc_id: event for event in self.current(tenant) if event.embedding_model == model}
         events: list[Event] = []
@@ -280,8 +278,8 @@ class Catalogue:
                     event = current.get(row["doc_id"])
                     if event and event.order == (row["created_at"], row["adapter_id"]):
                         events.append(event)
-                        vectors.append(batch["embedding"][number].values.to_numpy().reshape(-1, width))
-        return events, Passages.joined(vectors)
+                        vectors.append(batch["embedding"][number].values.to_numpy())
+        return events, vectors
 
     def failures(self, tenant: str) -> Iterator[Event]:
         """The last event of every document of which it is a failure; read from the table."""

@@ -18,8 +18,9 @@ class Share:
     weight: float = 1.0
     """Its share of the document tokens, relative to the others'."""
     unrelated: float = 0.0
-    """Share of its batches in which each document is asked the questions of another one. What the base model says to
-    them by itself is learned there: an adapter shall not change answers that its document has nothing to do with."""
+    """Share, of its batches of several documents, in which each is asked the questions of another one. What the base
+    model says to them by itself is learned there, and counts as it is, whatever the weights of `LossConfig`: an adapter
+    shall not change answers that its document has nothing to do with."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.unrelated < 1:
@@ -201,9 +202,8 @@ def tuned_reader() -> Recipe:
 
 
 def _baseline(task: QuestionsTask) -> Recipe:
-    """What is to be beaten, or come near to: a LoRA as `d2l train qa` writes one, of the rank that is stored."""
-    hypernetwork = HypernetworkConfig("static", encoder=EncoderConfig("early_exit", 1), bias_rank=128)
-    # A batch of one document reads it once for all its questions.
+    """What is to be beaten, or come near to: a LoRA as `d2l train qa` writes one, of the rank that is stored: 128."""
+    hypernetwork = HypernetworkConfig("static", encoder=EncoderConfig("early_exit", 1), bias_rank=127)
     return Recipe(hypernetwork=hypernetwork, stages=(Stage(250, (Share(task),), batch_tokens=512),), batches_per_step=4)
 
 

@@ -59,7 +59,7 @@ class Selector:
         events, passages = await self._index(tenant)
         if not events:
             return None
-        best, similarity = passages.nearest(await self._embed(question))
+        best, similarity = await asyncio.to_thread(passages.nearest, await self._embed(question))
         return Choice(events[best].doc_id, events[best].version, similarity)
 
     def check_health(self) -> None:
@@ -78,12 +78,18 @@ class Selector:
         async with self._using_table:
             if tenant not in self._indexes:
                 try:
-                    model = self._embedder.name, self._embedder.width
-                    read = await asyncio.to_thread(self._catalogue.embeddings, tenant, *model)
+                    self._indexes[tenant] = await asyncio.to_thread(self._read, tenant)
                 except UserError as error:
                     raise storage_error(error) from error
-                self._indexes[tenant] = read
             return self._indexes[tenant]
+
+    def _read(self, tenant: str) -> tuple[list[Event], Passages]:
+        events, vectors = self._catalogue.embeddings(tenant, self._embedder.name)
+        if others := sum(
+            event.embedding_model not in ("", self._embedder.name) for event in self._catalogue.current(tenant)
+        ):
+            logger.warning("%d documents have embeddings of another model: not chosen until converted again", others)
+        return events, Passages.joined([vector.reshape(-1, self._embedder.width) for vector in vectors])
 
     async def _tail(self) -> None:
         while True:

@@ -85,7 +85,7 @@ def save_tiny(folder: Path, model: type[PreTrainedModel], config: type, **fields
     return folder
 
 
-def _load(
+def load_tiny(
     tmp_path_factory: pytest.TempPathFactory, model: type[PreTrainedModel], config: type, **fields: object
 ) -> BaseModel:
     folder = save_tiny(tmp_path_factory.mktemp(model.__name__), model, config, **fields)
@@ -94,19 +94,19 @@ def _load(
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return _load(tmp_path_factory, LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)
+    return load_tiny(tmp_path_factory, LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Qwen2: biases on queries, keys and values."""
-    return _load(tmp_path_factory, Qwen2ForCausalLM, Qwen2Config)
+    return load_tiny(tmp_path_factory, Qwen2ForCausalLM, Qwen2Config)
 
 
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Mistral, without a sliding window."""
-    return _load(tmp_path_factory, MistralForCausalLM, MistralConfig, sliding_window=None)
+    return load_tiny(tmp_path_factory, MistralForCausalLM, MistralConfig, sliding_window=None)
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_qwen", "tiny_mistral"])

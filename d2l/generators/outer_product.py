@@ -111,18 +111,20 @@ class _Writer(nn.Module):
         value_NTo = self.value_out(F.silu(hidden[..., 1:]))
         if self.copy is not None:
             value_NTo = torch.addcmul(value_NTo, next_NTd, (_RATE * self.copy).to(value_NTo.dtype))
-        gate_NT1 = torch.sigmoid(hidden[..., :1].float()).masked_fill(weights_N1T.mT == 0, 0)
-        root_NT1 = gate_NT1.sqrt()
+        # The gate's square root; by way of its logarithm, for the gradient of a root is infinite at 0.
+        root_NT1 = (F.logsigmoid(hidden[..., :1].float()) / 2).exp().masked_fill(weights_N1T.mT == 0, 0)
         dual_NTo = self._regressed(key_NTi * (root_NT1 / norm_NT1), value_NTo * root_NT1)
         return LowRank(key_NTi, (dual_NTo * (root_NT1 * weights_N1T.mT.sqrt() / norm_NT1)).to(value_NTo.dtype))
 
     def _regressed(self, key_NTi: Tensor, value_NTo: Tensor) -> Tensor:
         """The dual solution (1 + s) (1 + s K K^T)^-1 V, float32."""
-        s = (_RATE * self.ridge.float()).clamp(min=0)
+        ridge = self.ridge.float()
+        s = _RATE * (ridge + (ridge.clamp(min=0) - ridge).detach())  # at 0 the gradient goes on: there is a way back
         with torch.autocast(key_NTi.device.type, enabled=False):
             gram_NTT = s * (key_NTi @ key_NTi.mT)
             gram_NTT.diagonal(dim1=-2, dim2=-1).add_(1)
-            return (1 + s) * torch.cholesky_solve(value_NTo.float(), torch.linalg.cholesky(gram_NTT))
+            # Not `cholesky`, which raises where there is a NaN: losses tell, and whoever checks them.
+            return (1 + s) * torch.cholesky_solve(value_NTo.float(), torch.linalg.cholesky_ex(gram_NTT).L)
 
 
 def _next(x_NTd: Tensor) -> Tensor:

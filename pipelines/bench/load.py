@@ -49,7 +49,8 @@ from pipelines.bench.timing import interleaved
 from serve.app import APP_NAME, ServeConfig, run
 from serve.catalogue.deployment import CatalogueDeployment
 from serve.engine.adapter_cache import Key
-from serve.engine.batcher import BatcherConfig, Piece
+from serve.engine.answer import Piece
+from serve.engine.batcher import BatcherConfig
 from serve.engine.deployment import Engine, EngineRequest
 from serve.engine.metrics import EngineMetrics
 from serve.gateway.deployment import Gateway

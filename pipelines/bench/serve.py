@@ -32,7 +32,8 @@ from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig, make_sample
 from pipelines.bench.timing import interleaved
-from serve.engine.batcher import Batcher, BatcherConfig, Job
+from serve.engine.answer import Job
+from serve.engine.batcher import Batcher, BatcherConfig
 
 _FEW = 8
 """Different adapters of `different8`."""

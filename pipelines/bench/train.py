@@ -125,7 +125,8 @@ def _with_questions(
             dataclasses.replace(d, prompts=(d.prompts * count)[:count], answers=(d.answers * count)[:count])
             for d in fullest.documents
         ]
-        return collate(PackedBatch(fullest.task, True, documents), affixes, pad_id)
+        batch = collate(PackedBatch(fullest.task, True, documents), affixes, pad_id)
+        return dataclasses.replace(batch, stem=0)  # the same question again has more in common than others have
 
     return asked(config.questions), [asked(1)] * config.questions
 

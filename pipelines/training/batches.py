@@ -93,7 +93,7 @@ class TrainingBatch:
     ids: Tensor
     """[questions, tokens] int64: prompt and answer, padded on the right."""
     stem: int
-    """So many tokens begin every prompt: read once for all questions of a document. 0 where each has but one."""
+    """So many tokens begin all prompts of a document: read once for it. 0 where each document has but one question."""
     places: Tensor
     """[answer tokens] int64: where in the flattened `ids` the tokens before those of the answers stand."""
     labels: Tensor
@@ -144,7 +144,7 @@ def collate(batch: PackedBatch, affixes: Affixes, pad_id: int) -> TrainingBatch:
         chunks_per_document=[len(document.chunks) for document in documents],
         questions=[len(document.prompts) for document in documents],
         ids=torch.from_numpy(ids),
-        stem=_common_prefix(prompts) if len(prompts) > len(documents) else 0,
+        stem=min(_common_prefix(d.prompts) for d in documents) if len(prompts) > len(documents) else 0,
         places=torch.from_numpy(np.concatenate(places)),
         labels=torch.from_numpy(np.concatenate(answers).astype(np.int64)),
         answer_lengths=[len(answer) for answer in answers],

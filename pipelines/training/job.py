@@ -205,7 +205,8 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     run_id = ""
     if storage.exists(_RUN_FILE):
         run = json.loads(storage.read(_RUN_FILE))
-        if differing := sorted(_differences(run["recipe"], plain)):
+        there = to_dict(from_dict(Recipe, run["recipe"], f"{storage.url(_RUN_FILE)}: recipe"))  # with today's defaults
+        if differing := sorted(_differences(there, plain)):
             raise UserError(
                 f"{storage.url()}: has a run of another recipe; it differs in {', '.join(differing[:8])}. "
                 "Give another --output, and --init-from to start from that run's weights"

@@ -1,12 +1,13 @@
 """The learner: hypernetwork and frozen base model as one module, from a batch to its loss.
 
-A document is encoded once for all its questions, and what all prompts begin with is read once for each document.
+A document is encoded once for all its questions, and what all its prompts begin with is read once.
 Weights are float32, matrix products in the base model's dtype.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,12 @@ class MetaLearner(nn.Module):
         if self.gradient_checkpointing:  # a layer that is run again would put its keys into the cache again
             stem, recomputed = 0, _recomputed(base, partial(adapted, batch.questions))
         if stem:
-            cache = DynamicCache(config=base.model.config)
-            with adapted([1] * len(batch.questions)):
-                base.decoder(input_ids=batch.ids[: len(batch.questions), :stem], cache=cache, use_cache=True)
+            cache, device = DynamicCache(config=base.model.config), batch.ids.device
+            first = torch.tensor([0, *accumulate(batch.questions[:-1])], device=device)
+            with adapted([1] * len(first)):
+                base.decoder(input_ids=batch.ids[first, :stem], cache=cache, use_cache=True)
             rows = [i for i, count in enumerate(batch.questions) for _ in range(count)]
-            cache.batch_select_indices(torch.tensor(rows, device=batch.ids.device))
+            cache.batch_select_indices(torch.tensor(rows, device=device))
         with adapted(batch.questions), recomputed:
             hidden = base.decoder(input_ids=batch.ids[:, stem:], cache=cache, use_cache=bool(stem)).last_hidden_state
         places = batch.places - stem * (batch.places // batch.ids.shape[1] + 1)
@@ -90,7 +92,8 @@ class MetaLearner(nn.Module):
             everywhere = Rows((0,) * sum(rows))
             # On CPUs, the backward pass of the flash kernel is slow for many short rows.
             attention = sdpa_kernel(SDPBackend.MATH) if base.device.type == "cpu" else nullcontext()
-            own, shared = inject(base, factors, documents, layers, scale), inject(base, bias, everywhere, layers, scale)
+            own = inject(base, factors, documents, layers, scale)
+            shared = inject(base, bias, everywhere, layers, scale) if bias else nullcontext()
             with attention, own, shared:
                 yield
 

@@ -98,7 +98,8 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
         "estimated_hours": operations / (rate * 1e12) / devices / 3600,
         "assumptions": (
             f"batches full; {len(batch.questions)} documents of {_document_tokens(recipe, largest)} tokens, each with "
-            f"{_QUESTIONS} questions of {_PROMPT_TOKENS} and answers of {_ANSWER_TOKENS} tokens; no teacher; memory is "
+            f"{_QUESTIONS} questions of {_PROMPT_TOKENS} tokens, {_STEM_TOKENS} of them the same (and the document if "
+            f"it is in the prompt), and answers of {_ANSWER_TOKENS}; no teacher; memory is "
             f"the peak of a step with batch_tokens {largest.batch_tokens}, without the allocator's fragments"
         ),
     }
@@ -133,9 +134,10 @@ def _document_tokens(recipe: Recipe, stage: Stage) -> int:
 def _fake_batch(recipe: Recipe, stage: Stage) -> TrainingBatch:
     tokens = _document_tokens(recipe, stage)
     chunks = math.ceil(tokens / recipe.hypernetwork.chunking.max_chunk_tokens)
+    stem = _STEM_TOKENS + (tokens if getattr(stage.mixture[0].task, "in_prompt", False) else 0)
     document = Document(
         chunks=[np.zeros(tokens // chunks, np.int32)] * chunks,
-        prompts=[np.repeat(np.int32([0, i]), [_STEM_TOKENS, _PROMPT_TOKENS - _STEM_TOKENS]) for i in range(_QUESTIONS)],
+        prompts=[np.repeat(np.int32([0, i]), [stem, _PROMPT_TOKENS - _STEM_TOKENS]) for i in range(_QUESTIONS)],
         answers=[np.zeros(_ANSWER_TOKENS, np.int32)] * _QUESTIONS,
     )
     documents = [document] * max(1, stage.batch_tokens // tokens)

@@ -8,18 +8,16 @@ their reader has gone.
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.generation import SamplingConfig
+from serve.engine.answer import Answer, Job, Piece
 from serve.engine.decoding import DecodingBatch, Row, sample
-from serve.engine.logprobs import TokenLogprob, token_logprob
-from serve.engine.text_stream import TextStream
+from serve.engine.logprobs import token_logprob
 from serve.errors import ApiError
 
 _SAMPLED = 1e-5
@@ -37,32 +35,6 @@ class BatcherConfig:
     four times as many: lengths and numbers of rows are rounded up to powers of two."""
     prefill_tokens: int = 512
     """Tokens of prompts in one step at most: how long one prompt makes all others wait."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt to answer."""
-
-    prompt: Sequence[int]
-    adapter: Adapter | None = None
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    stops: tuple[str, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of an answer."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    """Tokens of the answer so far, without the one that ended it."""
-    finish_reason: str | None = None
-    """`stop` or `length` on the last piece."""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens since the last piece, if they were asked for."""
 
 
 class Batcher:
@@ -165,55 +137,23 @@ class Batcher:
             try:
                 if not finite[i]:
                     raise ApiError(500, "This model's adapter is damaged.", "adapter_unavailable")
-                token = answer.choose(logits_RV[i], best[i])
-                row.new.append(token)
-                answer.accept(token)
+                row.new.append(answer.choose(logits_RV[i], best[i]))
             except Exception as error:  # one request's misfortune is not its neighbours'
                 answer.fail(error)
 
 
-class _Answer:
-    """A job on its way."""
+class _Answer(Answer):
+    """An answer whose tokens are chosen here."""
 
     def __init__(self, job: Job, base: BaseModel, send: Callable[[Piece | Exception], object]):
-        self.job = job
-        self.send = send
-        self.done = False
-        """Finished, or given up by its reader (who sets it from another thread)."""
+        super().__init__(job, base, send)
         self.max_tokens = len(job.prompt) + job.sampling.max_new_tokens
-        self._stop_ids = base.stop_ids
         self._tokenizer = base.tokenizer
-        self._text = TextStream(base.tokenizer, job.stops)
-        self._tokens = 0
-        self._logprobs: list[TokenLogprob] = []
         self._generator = torch.Generator(base.device).manual_seed(job.seed) if job.seed is not None else None
 
     def choose(self, logits_V: torch.Tensor, best: int) -> int:
-        """The next token, where `best` is the most likely one."""
-        sampling = self.job.sampling
+        """Take the next token, where `best` is the most likely one."""
+        sampling, wanted = self.job.sampling, self.job.logprobs
         token = sample(logits_V, sampling, self._generator) if sampling.temperature >= _SAMPLED else best
-        if self.job.logprobs is not None and token not in self._stop_ids:
-            self._logprobs.append(token_logprob(self._tokenizer, logits_V, token, self.job.logprobs))
+        self.accept(token, None if wanted is None else token_logprob(self._tokenizer, logits_V, token, wanted))
         return token
-
-    def accept(self, token: int) -> None:
-        """Send what the next token brings."""
-        if token in self._stop_ids:
-            return self._emit(self._text.flush(), "stop")
-        self._tokens += 1
-        text = self._text.push(token)
-        full = self._tokens == self.job.sampling.max_new_tokens
-        if full and not self._text.stopped:
-            text += self._text.flush()
-        return self._emit(text, "stop" if self._text.stopped else "length" if full else None)
-
-    def fail(self, error: Exception) -> None:
-        """End with an error."""
-        self.done = True
-        self.send(error)
-
-    def _emit(self, text: str, finish_reason: str | None) -> None:
-        if text or finish_reason:
-            self.send(Piece(text, len(self.job.prompt), self._tokens, finish_reason, tuple(self._logprobs)))
-            self._logprobs.clear()
-        self.done = self.done or finish_reason is not None

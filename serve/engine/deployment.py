@@ -22,7 +22,8 @@ from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
 from serve.engine.adapter_cache import AdapterCache, Key
 from serve.engine.adapter_disk import AdapterDisk
-from serve.engine.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.engine.answer import Job, Piece
+from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.metrics import AnswerTimer, EngineMetrics
 from serve.errors import ApiError
 

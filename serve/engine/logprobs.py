@@ -4,6 +4,7 @@ They are the model's own: before temperature and top_p, so that they mean the sa
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,9 +38,15 @@ def token_logprob(tokenizer: PreTrainedTokenizerBase, logits_V: Tensor, token: i
     logprobs_V = torch.log_softmax(logits_V.float(), -1)
     best = logprobs_V.topk(min(top, len(logprobs_V)))
     alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    text, data = _spell(tokenizer, token)
+    return spelled(tokenizer, token, float(logprobs_V[token]), alternatives)
+
+
+def spelled(
+    tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, alternatives: Iterable[tuple[int, float]]
+) -> TokenLogprob:
+    """A token with its log-probability, and the most likely ones with theirs, best first."""
     shown = tuple(TopLogprob(*_spell(tokenizer, other), value) for other, value in alternatives)
-    return TokenLogprob(text, data, float(logprobs_V[token]), shown)
+    return TokenLogprob(*_spell(tokenizer, token), logprob, shown)
 
 
 def _spell(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, bytes]:

@@ -5,7 +5,8 @@ import time
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve.engine.adapter_cache import AdapterCache
-from serve.engine.batcher import Batcher, Piece
+from serve.engine.answer import Piece
+from serve.engine.batcher import Batcher
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from d2l.catalogue import Event
 from serve.catalogue.keys import ApiKey
-from serve.engine.batcher import Piece
+from serve.engine.answer import Piece
 from serve.engine.deployment import EngineRequest
 from serve.errors import ApiError, as_api_error, error_body
 from serve.gateway.backend import Backend

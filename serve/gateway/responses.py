@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from serve.engine.batcher import Piece
+from serve.engine.answer import Piece
 from serve.engine.logprobs import TokenLogprob, TopLogprob
 
 

@@ -13,7 +13,8 @@ from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
 from d2l.model import SHIPPED
 from d2l.tasks.needle import NeedleConfig, make_sample
-from serve.engine.batcher import Batcher, BatcherConfig, Job
+from serve.engine.answer import Job
+from serve.engine.batcher import Batcher, BatcherConfig
 
 pytestmark = pytest.mark.long
 

@@ -14,7 +14,8 @@ from d2l.adapter import Adapter, Provenance
 from d2l.base_model import BaseModel
 from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
-from serve.engine.batcher import Batcher, BatcherConfig, Job, Piece
+from serve.engine.answer import Job, Piece
+from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.decoding import DecodingBatch
 from serve.errors import ApiError
 

@@ -103,8 +103,8 @@ def test_promote(d2l: Any, store: str) -> None:
     assert d2l("show", "a")["adapter_id"] == digest(5)
     d2l("promote", old)
     assert (d2l("show", "a")["adapter_id"], d2l("show", "new")["adapter_id"]) == (digest(2), digest(6))
-    events, passages = Catalogue(store).embeddings("default", "m@1", 2)
-    assert ([e.adapter_id for e in events], passages.vectors.tolist()) == ([digest(2)], [[0.5, 0.5]])
+    events, [found] = Catalogue(store).embeddings("default", "m@1")
+    assert ([e.adapter_id for e in events], found.tolist()) == ([digest(2)], [0.5, 0.5])
     assert d2l("promote", old)["promoted"] == 0
     assert d2l("promote", new, "--documents", "a")["promoted"] == 1
     assert d2l("show", "a")["adapter_id"] == digest(5)

@@ -14,7 +14,8 @@ from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
-from serve.engine.batcher import BatcherConfig, Piece
+from serve.engine.answer import Piece
+from serve.engine.batcher import BatcherConfig
 from serve.engine.deployment import Engine, EngineRequest
 from serve.errors import ApiError
 from tests.conftest import random_adapter

@@ -5,6 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from d2l.chunking import Affixes, ChunkingConfig
 from pipelines.recipes import LossConfig
@@ -12,17 +20,20 @@ from pipelines.teacher import TOP, Targets
 from pipelines.training.batches import PackedBatch, collate, unrelated
 from pipelines.training.evaluation import answer_samples, evaluate
 from pipelines.training.learner import MetaLearner
-from pipelines.training.tasks import NeedleTask, SourceConfig, open_task
-from tests.conftest import tiny_hypernetwork
+from pipelines.training.tasks import FactsTask, NeedleTask, SourceConfig, open_task
+from tests.conftest import load_tiny, tiny_hypernetwork
 
 
 @pytest.fixture
 def documents(tiny_base):
     """Documents of one to three chunks, some with several questions."""
     config = SourceConfig(ChunkingConfig(max_chunk_tokens=64), held_out=True)
-    source = open_task(NeedleTask(60, 190, keyed=0.5), config, "s", None)
+    source = open_task(FactsTask(1, 4), config, "s", None)
     assert source is not None
-    return source.documents(tiny_base.tokenizer, 0, 1, 0, 4)[0]
+    found = source.documents(tiny_base.tokenizer, 0, 1, 0, 4)[0]
+    assert len({len(document.prompts) for document in found}) > 1
+    assert len({len(document.chunks) for document in found}) > 1
+    return found
 
 
 def batch_of(base, documents, learns_answers=True):
@@ -39,6 +50,28 @@ def test_the_loss_is_the_mean_of_the_documents_own(tiny_base, documents, generat
     whole, _ = learner(batch_of(tiny_base, documents))
     each = [learner(batch_of(tiny_base, [document]))[0] for document in documents]
     torch.testing.assert_close(whole, torch.stack(each).mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "fields"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {}),
+        (MistralForCausalLM, MistralConfig, {"sliding_window": 4}),
+        (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 4}),
+    ],
+)
+def test_what_prompts_begin_with_can_be_read_once(tmp_path_factory, kind, config, fields):
+    base = load_tiny(tmp_path_factory, kind, config, **fields)
+    source = open_task(FactsTask(1, 4), SourceConfig(ChunkingConfig(max_chunk_tokens=64)), "s", None)
+    batch = batch_of(base, source.documents(base.tokenizer, 0, 1, 0, 4)[0])
+    assert batch.stem > 4  # the window, where there is one
+    found = []
+    for stem in (batch.stem, 0):
+        learner = learner_of(base)
+        loss, _ = learner(dataclasses.replace(batch, stem=stem))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in learner.parameters())])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
 def test_unrelated_questions_are_learned_as_the_base_model_answers_them(tiny_base, documents):
@@ -87,7 +120,7 @@ def test_recomputed_layers_keep_less(tiny_llama):
             learner(batch)
         return sum(saved)
 
-    assert kept(True) < 0.7 * kept(False)
+    assert kept(True) < 0.8 * kept(False)
 
 
 def with_targets(document, vocabulary):

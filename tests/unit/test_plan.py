@@ -10,7 +10,15 @@ from pipelines.cli import COMMANDS, main
 from pipelines.training import job, plan
 from pipelines.training.job import TrainConfig, train
 
-RUNS = [job.needle_run, job.qa_run, job.tuned_reader_run, job.gemma2_2b_run, job.mistral_7b_run, job.qwen3_4b_run]
+RUNS = [
+    job.needle_run,
+    job.qa_run,
+    job.static_run,
+    job.tuned_reader_run,
+    job.gemma2_2b_run,
+    job.mistral_7b_run,
+    job.qwen3_4b_run,
+]
 
 
 @pytest.fixture

@@ -1,0 +1,206 @@
+"""vLLM in the place of the batcher: paged attention, tensor parallelism and quantisation, for GPU clusters.
+
+It runs as a server of its own beside the engine, on this machine and for this engine alone: its dependencies are not
+ours, and it may live in another environment. Adapters are those that the engine's cache holds; vLLM reads LoRA from
+PEFT folders, so each is written to a folder for as long as it is held. Which of them are on the device, and what is in
+a batch, vLLM decides. Prompts go to it as tokens and tokens come back, so texts, stop strings and counts are ours.
+"""
+
+import asyncio
+import itertools
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import openai
+import requests
+import torch
+from openai import AsyncOpenAI
+
+from d2l.adapter import Adapter
+from d2l.base_model import BaseModel, resolve
+from d2l.errors import UserError
+from serve.engine.answer import Answer, Job, Piece
+from serve.engine.batcher import BatcherConfig
+from serve.engine.logprobs import TokenLogprob, spelled
+from serve.errors import ApiError
+
+_BASE = "base"
+_MAX_RANK = 128
+"""Rank of adapters at most: of those that `d2l convert` stores. vLLM takes their room on the device in advance."""
+_MAX_ADAPTERS = 16
+"""Different adapters in one batch at most."""
+_START_S = 900.0
+"""How long the server may take until it answers."""
+
+
+class VllmBatcher:
+    """Answers jobs by a vLLM server; used as `Batcher` is.
+
+    Args:
+        base: its tokenizer is used; where its weights are does not matter.
+        name: the base model as `d2l.base_model.resolve` takes it.
+        config: `max_batch_size` counts.
+        command: how vLLM is run, with whatever options: `vllm serve --tensor-parallel-size 2`, or with the path of its
+            environment.
+
+    Raises:
+        UserError: there is no such program, or the server does not come up.
+    """
+
+    device = torch.device("cpu")
+    """Where adapters are wanted."""
+
+    def __init__(self, base: BaseModel, name: str, config: BatcherConfig, command: str):
+        self._base = base
+        self._most = config.max_batch_size
+        self._open = 0
+        self._numbers = itertools.count(1)
+        self._loads: dict[int, asyncio.Task[str]] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="d2l-vllm-"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        adapters = min(_MAX_ADAPTERS, config.max_batch_size)
+        program, *options = shlex.split(command)
+        arguments = [program, *options[:1], resolve(name), "--served-model-name", _BASE, "--host", "127.0.0.1"]
+        arguments += ["--port", str(port), "--max-num-seqs", str(config.max_batch_size), "--enable-lora"]
+        arguments += ["--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
+        try:
+            self._server = subprocess.Popen(arguments, env=os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+        except OSError as error:
+            raise UserError(f"engine vllm: {program} cannot be run ({error.strerror}); give --vllm COMMAND") from None
+        weakref.finalize(self, _end, self._server, self._folder)
+        self._url = f"http://127.0.0.1:{port}"
+        self._await_server(command)
+        self._client = AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being answered at all."""
+        return self._server.poll() is None
+
+    @property
+    def running(self) -> int:
+        """Jobs in the batch, about."""
+        return min(self._open, self._most)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not joined it yet, about."""
+        return self._open - self.running
+
+    async def stream(self, job: Job) -> AsyncIterator[Piece]:
+        """Pieces of the answer as they are generated. Closing the iterator gives the job up."""
+        pieces: list[Any] = []
+        answer = Answer(job, self._base, pieces.append)
+        self._open += 1
+        try:
+            model = await self._model(job.adapter) if job.adapter else _BASE
+            async with await self._ask(model, job) as chunks:
+                async for chunk in chunks:
+                    for token, logprob in self._tokens(chunk, job.logprobs):
+                        if not answer.done:
+                            answer.accept(token, logprob)
+                    while pieces:
+                        yield pieces.pop(0)
+                    if answer.done:
+                        return
+            raise ApiError(500, "The engine ended the answer early. Try again.", "engine_failed")
+        except openai.APIConnectionError:
+            raise ApiError(503, "The engine is gone. Try again.", "replica_unavailable") from None
+        finally:
+            self._open -= 1
+
+    async def _ask(self, model: str, job: Job) -> openai.AsyncStream[Any]:
+        return await self._client.completions.create(
+            model=model,
+            prompt=list(job.prompt),
+            stream=True,
+            max_tokens=job.sampling.max_new_tokens,
+            temperature=job.sampling.temperature,
+            top_p=job.sampling.top_p,
+            seed=job.seed,
+            logprobs=job.logprobs,
+            extra_body={
+                "stop_token_ids": sorted(self._base.stop_ids),
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+                "skip_special_tokens": False,
+            },
+        )
+
+    def _tokens(self, chunk: Any, top: int | None) -> list[tuple[int, TokenLogprob | None]]:
+        if not chunk.choices:
+            return []
+        (choice,) = chunk.choices
+        ids: list[int] = choice.token_ids or []
+        if top is None or not choice.logprobs:
+            return [(token, None) for token in ids]
+        tokenizer, found = self._base.tokenizer, choice.logprobs
+        return [
+            (token, spelled(tokenizer, token, logprob, _best(tops or {}, top)))
+            for token, logprob, tops in zip(ids, found.token_logprobs, found.top_logprobs or [], strict=False)
+        ]
+
+    async def _model(self, adapter: Adapter) -> str:
+        """The adapter's name in vLLM, which has read it once, however many wait for it."""
+        key = id(adapter)
+        if key not in self._loads:
+            self._loads[key] = asyncio.ensure_future(self._load(adapter))
+            weakref.finalize(adapter, self._forget, key, asyncio.get_running_loop())
+        return await asyncio.shield(self._loads[key])
+
+    async def _load(self, adapter: Adapter) -> str:
+        if adapter.rank > _MAX_RANK:
+            raise UserError(f"these adapters have rank {adapter.rank} together; the engine vllm takes {_MAX_RANK}")
+        name = str(next(self._numbers))
+        await asyncio.to_thread(adapter.save, self._folder / name)
+        body = {"lora_name": name, "lora_path": str(self._folder / name)}
+        await self._client.post("/load_lora_adapter", cast_to=str, body=body)
+        return name
+
+    def _forget(self, key: int, loop: asyncio.AbstractEventLoop) -> None:
+        """The adapter is held no more; called from whichever thread let it go."""
+        with suppress(RuntimeError):  # the loop is closed: all ends
+            loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._unload(self._loads.pop(key))))
+
+    async def _unload(self, load: asyncio.Task[str]) -> None:
+        with suppress(Exception):  # it was never loaded, or the server is gone
+            name = await load
+            await self._client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": name})
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def _await_server(self, command: str) -> None:
+        end = time.monotonic() + _START_S
+        while time.monotonic() < end:
+            if (code := self._server.poll()) is not None:
+                raise UserError(f"engine vllm: {command!r} ended with exit code {code}; its output is in this log")
+            with suppress(requests.ConnectionError):
+                if requests.get(f"{self._url}/health", timeout=5).ok:
+                    return
+            time.sleep(0.5)
+        raise UserError(f"engine vllm: {command!r} did not answer within {_START_S:.0f} s")
+
+
+def _best(tops: dict[str, float], count: int) -> list[tuple[int, float]]:
+    """Token ids (`token_id:N`) with their log-probabilities, best first."""
+    best = sorted(tops.items(), key=lambda item: -item[1])[:count]
+    return [(int(name.removeprefix("token_id:")), logprob) for name, logprob in best]
+
+
+def _end(server: subprocess.Popen[bytes], folder: Path) -> None:
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(10)
+    server.kill()
+    shutil.rmtree(folder, ignore_errors=True)
