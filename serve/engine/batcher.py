@@ -51,6 +51,11 @@ class Batcher:
         self._thread.start()
 
     @property
+    def device(self) -> torch.device:
+        """Where adapters are wanted."""
+        return self._base.device
+
+    @property
     def alive(self) -> bool:
         """Whether jobs are being answered at all."""
         return self._thread.is_alive()

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
 import jinja2
+import torch
 from ray import serve
 
 from d2l.adapter import Adapter, compose
@@ -25,6 +26,7 @@ from serve.engine.adapter_disk import AdapterDisk
 from serve.engine.answer import Job, Piece
 from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.metrics import AnswerTimer, EngineMetrics
+from serve.engine.vllm import VllmBatcher
 from serve.errors import ApiError
 
 _LOADS = 32
@@ -71,6 +73,7 @@ class Engine:
         disk_bytes: adapters kept on this machine's disk, where the store is not there itself.
         timeout_s: for a request, from when it is here to the end of its answer.
         batching: how requests share the model.
+        vllm: how vLLM is run, if it is to generate.
     """
 
     def __init__(
@@ -83,13 +86,19 @@ class Engine:
         disk_bytes: int,
         timeout_s: float,
         batching: BatcherConfig,
+        vllm: str = "",
     ):
-        self._base = load_base_model(base, device, dtype)
+        self._batcher: Batcher | VllmBatcher
+        if vllm:
+            self._base = load_base_model(base, "meta", torch.bfloat16)  # vLLM has the weights
+            self._batcher = VllmBatcher(self._base, base, dtype, batching, vllm)
+        else:
+            self._base = load_base_model(base, device, dtype)
+            self._batcher = Batcher(self._base, batching)
         self._disk = AdapterDisk(AdapterStore(store), disk_bytes)
         self._loaders = ThreadPoolExecutor(_LOADS, "adapter-load")  # of their own: prompts wait for no slow storage
         self._cache = AdapterCache(cache_bytes, self._start_load)
         self._timeout_s = timeout_s
-        self._batcher = Batcher(self._base, batching)
         self._metrics = EngineMetrics(self._batcher, self._cache)
 
     async def complete(self, request: EngineRequest) -> Piece:
@@ -171,7 +180,7 @@ class Engine:
         tenant, adapter_ids = key
         adapters = [self._fetch(tenant, adapter_id) for adapter_id in adapter_ids]
         adapter = compose(adapters) if len(adapters) > 1 else adapters[0]
-        return dataclasses.replace(adapter, factors=map_tensors(adapter.factors, lambda t: t.to(self._base.device)))
+        return dataclasses.replace(adapter, factors=map_tensors(adapter.factors, lambda t: t.to(self._batcher.device)))
 
     def _fetch(self, tenant: str, adapter_id: str) -> Adapter:
         try:

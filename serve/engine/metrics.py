@@ -7,6 +7,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from serve.engine.adapter_cache import AdapterCache
 from serve.engine.answer import Piece
 from serve.engine.batcher import Batcher
+from serve.engine.vllm import VllmBatcher
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
@@ -14,7 +15,7 @@ _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 class EngineMetrics:
     """Of one replica; Ray adds which one."""
 
-    def __init__(self, batcher: Batcher, cache: AdapterCache):
+    def __init__(self, batcher: Batcher | VllmBatcher, cache: AdapterCache):
         self.first_token = Histogram("d2l_time_to_first_token_s", "From request to first text.", _SECONDS)
         self.next_token = Histogram("d2l_inter_token_s", "Between two pieces of an answer.", _SECONDS)
         self.tokens = Counter("d2l_generated_tokens", "Tokens of answers.")

@@ -49,6 +49,7 @@ class VllmBatcher:
     Args:
         base: its tokenizer is used; where its weights are does not matter.
         name: the base model as `d2l.base_model.resolve` takes it.
+        dtype: of its weights: auto, float32, bfloat16.
         config: `max_batch_size` counts.
         command: how vLLM is run, with whatever options: `vllm serve --tensor-parallel-size 2`, or with the path of its
             environment.
@@ -60,7 +61,7 @@ class VllmBatcher:
     device = torch.device("cpu")
     """Where adapters are wanted."""
 
-    def __init__(self, base: BaseModel, name: str, config: BatcherConfig, command: str):
+    def __init__(self, base: BaseModel, name: str, dtype: str, config: BatcherConfig, command: str):
         self._base = base
         self._most = config.max_batch_size
         self._open = 0
@@ -73,8 +74,8 @@ class VllmBatcher:
         adapters = min(_MAX_ADAPTERS, config.max_batch_size)
         program, *options = shlex.split(command)
         arguments = [program, *options[:1], resolve(name), "--served-model-name", _BASE, "--host", "127.0.0.1"]
-        arguments += ["--port", str(port), "--max-num-seqs", str(config.max_batch_size), "--enable-lora"]
-        arguments += ["--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
+        arguments += ["--port", str(port), "--dtype", dtype, "--max-num-seqs", str(config.max_batch_size)]
+        arguments += ["--enable-lora", "--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
         try:
             self._server = subprocess.Popen(arguments, env=os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
         except OSError as error:

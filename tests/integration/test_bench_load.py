@@ -13,6 +13,7 @@ from tests.ports import free_ports
 CLIENTS = 20
 
 
+@pytest.mark.slow
 def test_every_request_is_accounted_for(ray_cluster: None, tiny_llama: BaseModel, tmp_path: Path) -> None:
     random_hypernetwork(tiny_llama).save_pretrained(tmp_path)
     (port,) = free_ports(1)
