@@ -6,6 +6,8 @@ Everything runs in this process, without Ray or HTTP around it, and all alternat
   share; `different8`, `different64` with so many different ones; `different1` is the work of `equal64` again, and says
   what the machine's noise is. `different_to_base` and `different_to_equal` are for `different64`;
 - `peft_ratio`: `different64` at the first rank against PEFT's mixed batch, `generate(adapter_names=...)`;
+- `vllm`, with `--vllm COMMAND`: tokens per second of 16 requests with as many different adapters at the first rank, ours
+  and vLLM's on the same machine, model and numbers;
 - `first_token`: seconds to the first token of an answer about a document of so many tokens: with its adapter, with the
   document in the prompt (read in one pass by the library, which is faster than the engine's pieces), and with the
   document's keys and values kept from before; `ratio` is in_context / adapter.
@@ -15,7 +17,7 @@ import asyncio
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from d2l.tasks.needle import NeedleConfig, make_sample
 from pipelines.bench.timing import interleaved
 from serve.engine.answer import Job
 from serve.engine.batcher import Batcher, BatcherConfig
+from serve.engine.vllm import VllmBatcher
 
 _FEW = 8
 """Different adapters of `different8`."""
+_PEER_REQUESTS = 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class BenchServeConfig:
     """Tokens of the documents whose answers' first token is timed."""
     rounds: int = 3
     """Timings of each alternative; the median counts."""
+    vllm: str = ""
+    """How vLLM is run, to compare with: `vllm serve`; by default it is not."""
 
 
 def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         **_throughput(config, name, batcher, base, adapters),
+        **(_against_vllm(config, name, batcher, base, adapters[config.ranks[0]]) if config.vllm else {}),
         "first_token": {
             str(length): _first_token(config, batcher, base, adapters[config.ranks[-1]][0], length)
             for length in config.lengths
@@ -78,10 +85,7 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
 def _throughput(
     config: BenchServeConfig, name: str, batcher: Batcher, base: BaseModel, adapters: dict[int, list[Adapter]]
 ) -> dict[str, Any]:
-    prompts = [
-        base.prompt_ids([{"role": "user", "content": f"Write a long story about harbour number {number}."}])
-        for number in range(config.requests)
-    ]
+    prompts = _prompts(base, config.requests)
     tokens: dict[str, int] = {}
     everyone = f"different{config.requests}"
 
@@ -115,7 +119,37 @@ def _throughput(
     return report | {"peft": speed["peft"], "peft_ratio": speed[f"rank{first} {everyone}"] / speed["peft"]}
 
 
-def _answer(batcher: Batcher, jobs: Sequence[Job]) -> list[int]:
+def _against_vllm(
+    config: BenchServeConfig, name: str, batcher: Batcher, base: BaseModel, adapters: Sequence[Adapter]
+) -> dict[str, Any]:
+    few, dtype = adapters[:_PEER_REQUESTS], str(base.dtype).removeprefix("torch.")
+    peer = VllmBatcher(base, name, dtype, BatcherConfig(len(few)), config.vllm)
+    sampling = SamplingConfig(config.new_tokens)
+    jobs = [Job(prompt, own, sampling) for prompt, own in zip(_prompts(base, len(few)), few, strict=True)]
+    tokens: dict[str, int] = {}
+
+    def answer(what: str, engine: Batcher | VllmBatcher) -> None:
+        tokens[what] = sum(_answer(engine, jobs))
+
+    seconds = interleaved(
+        {"ours": partial(answer, "ours", batcher), "vllm": partial(answer, "vllm", peer)}, config.rounds
+    )
+    speed = {what: tokens[what] / value for what, value in seconds.items()}
+    return {"vllm": speed | {"ratio": speed["ours"] / speed["vllm"]}}
+
+
+def _prompts(base: BaseModel, count: int) -> list[list[int]]:
+    turns = [f"Write a long story about harbour number {number}." for number in range(count)]
+    return [base.prompt_ids([{"role": "user", "content": turn}]) for turn in turns]
+
+
+@cache
+def _runner() -> asyncio.Runner:
+    """One event loop for all: an engine's connections belong to it."""
+    return asyncio.Runner()
+
+
+def _answer(batcher: Batcher | VllmBatcher, jobs: Sequence[Job]) -> list[int]:
     """Tokens of each job's answer."""
 
     async def tokens(job: Job) -> int:
@@ -124,7 +158,7 @@ def _answer(batcher: Batcher, jobs: Sequence[Job]) -> list[int]:
     async def main() -> list[int]:
         return await asyncio.gather(*map(tokens, jobs))
 
-    return asyncio.run(main())
+    return _runner().run(main())
 
 
 def _peft(
