@@ -6,8 +6,8 @@ Everything runs in this process, without Ray or HTTP around it, and all alternat
   share; `different8`, `different64` with so many different ones; `different1` is the work of `equal64` again, and says
   what the machine's noise is. `different_to_base` and `different_to_equal` are for `different64`;
 - `peft_ratio`: `different64` at the first rank against PEFT's mixed batch, `generate(adapter_names=...)`;
-- `vllm`, with `--vllm COMMAND`: tokens per second of 16 requests with as many different adapters at the first rank, ours
-  and vLLM's on the same machine, model and numbers;
+- `vllm`, with `--vllm COMMAND`: tokens per second of 16 requests with as many different adapters of the first rank,
+  ours and vLLM's, on the same machine, with the same model and numbers;
 - `first_token`: seconds to the first token of an answer about a document of so many tokens: with its adapter, with the
   document in the prompt (read in one pass by the library, which is faster than the engine's pieces), and with the
   document's keys and values kept from before; `ratio` is in_context / adapter.

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import weakref
@@ -77,7 +78,9 @@ class VllmBatcher:
         arguments += ["--port", str(port), "--dtype", dtype, "--max-num-seqs", str(config.max_batch_size)]
         arguments += ["--enable-lora", "--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
         try:
-            self._server = subprocess.Popen(arguments, env=os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+            # What it prints is a log.
+            environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+            self._server = subprocess.Popen(arguments, stdout=sys.stderr.fileno(), env=environment)
         except OSError as error:
             raise UserError(f"engine vllm: {program} cannot be run ({error.strerror}); give --vllm COMMAND") from None
         weakref.finalize(self, _end, self._server, self._folder)
