@@ -13,7 +13,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -78,9 +77,8 @@ class VllmBatcher:
         arguments += ["--port", str(port), "--dtype", dtype, "--max-num-seqs", str(config.max_batch_size)]
         arguments += ["--enable-lora", "--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
         try:
-            # What it prints is a log.
             environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-            self._server = subprocess.Popen(arguments, stdout=sys.stderr.fileno(), env=environment)
+            self._server = subprocess.Popen(arguments, stdout=2, env=environment)  # stderr: what it prints is a log
         except OSError as error:
             raise UserError(f"engine vllm: {program} cannot be run ({error.strerror}); give --vllm COMMAND") from None
         weakref.finalize(self, _end, self._server, self._folder)
