@@ -7,3 +7,7 @@ says what was expected, and what to do.
 
 class UserError(ValueError):
     """A bad input: a document, a file, an option, a checkpoint for another base model."""
+
+
+class StorageError(UserError):
+    """Storage is out of reach, full or forbidden: the same call may do well later."""

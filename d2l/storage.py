@@ -19,7 +19,7 @@ import fsspec
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 
 _LARGEST_PUT = 5 << 30
 """Bytes that S3 takes in one request."""
@@ -169,13 +169,14 @@ class File:
 
 @contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Turn a failing file system into a UserError about `what`; FileNotFoundError and FileExistsError pass."""
+    """Turn a failing file system into a StorageError about `what`; FileNotFoundError and FileExistsError pass."""
     try:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
     except (OSError, BotoCoreError) as error:
-        raise UserError(f"{what}: storage failed ({one_line(error)}); check space, permissions and endpoint") from error
+        message = f"{what}: storage failed ({one_line(error)}); check space, permissions and endpoint"
+        raise StorageError(message) from error
 
 
 def one_line(error: Exception) -> str:

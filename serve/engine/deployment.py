@@ -17,7 +17,7 @@ from ray import serve
 
 from d2l.adapter import Adapter, compose
 from d2l.base_model import load_base_model
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.factors import map_tensors
 from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
@@ -27,7 +27,7 @@ from serve.engine.answer import Job, Piece
 from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.metrics import AnswerTimer, EngineMetrics
 from serve.engine.vllm import VllmBatcher
-from serve.errors import ApiError
+from serve.errors import ApiError, storage_error
 
 _LOADS = 32
 """Adapters that are loaded at once at most."""
@@ -186,6 +186,8 @@ class Engine:
         try:
             adapter = self._disk.get(tenant, adapter_id)
             warnings = adapter.check(self._base, f"adapter {adapter_id}")
+        except StorageError as error:
+            raise storage_error(error) from error
         except UserError as error:  # not the client's mistake, and it names places that are none of its business
             logger.error("adapter cannot be served: %s", error)
             message = "This model's adapter cannot be loaded; the server's log says why."

@@ -387,7 +387,7 @@ def test_metrics_have_stages_and_no_names(server: Server) -> None:
     server.upload("measured", "The number of this one is 6.")
     deadline = time.monotonic() + 40
     stages: set[str] = set()
-    while stages != {"internalize", "store"}:
+    while not stages >= {"internalize", "store"}:  # others are of endpoints before this one
         assert time.monotonic() < deadline, stages
         time.sleep(1)
         (node,) = ray.nodes()
