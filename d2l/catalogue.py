@@ -82,8 +82,7 @@ class Event:
     base: str = ""
     """Public name of the base model."""
     embedding: list[float] | None = None
-    """What the document is about, for routing by meaning: the vectors of its passages, one after the other; in the
-    table only, not in what a reader keeps."""
+    """What the document is about, for routing by meaning; in the table only, not in what a reader keeps."""
     embedding_model: str = ""
     """What made the embedding, as `d2l.embedding` names it; empty where there is none."""
     source_uri: str = ""
@@ -257,7 +256,7 @@ class Catalogue:
             events = self._read(sorted(self._files), SCHEMA.names, wanted) if self._files else iter(())
             return sorted(events, key=lambda event: event.order)
 
-    def embeddings(self, tenant: str, model: str) -> tuple[list[Event], list[np.ndarray]]:
+    def embeddings(self, tenant: str, model: str) -> tuple[list[Event], np.ndarray]:
         """What a tenant's current documents are about, as far as a model was asked; read from the table.
 
         Args:
@@ -265,7 +264,7 @@ class Catalogue:
             model: name of the embedding model, as `d2l.embedding` gives it.
 
         Returns:
-            The documents' current events, and their embeddings: float32, the vectors of the passages in one row.
+            The documents' current events, and their unit vectors [documents, width] float32.
         """
         current = {event.doc_id: event for event in self.current(tenant) if event.embedding_model == model}
         events: list[Event] = []
@@ -274,12 +273,16 @@ class Catalogue:
         columns = ["doc_id", "created_at", "adapter_id", "embedding"]
         with self._reported():
             for batch in self._batches(sorted(self._files), columns, wanted) if current else ():
+                found = []
                 for number, row in enumerate(batch.select(columns[:3]).to_pylist()):
                     event = current.get(row["doc_id"])
                     if event and event.order == (row["created_at"], row["adapter_id"]):
+                        found.append(number)
                         events.append(event)
-                        vectors.append(batch["embedding"][number].values.to_numpy())
-        return events, vectors
+                if found:
+                    vectors_BD = batch["embedding"].flatten().to_numpy().reshape(batch.num_rows, -1)
+                    vectors.append(vectors_BD[found])
+        return events, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
 
     def failures(self, tenant: str) -> Iterator[Event]:
         """The last event of every document of which it is a failure; read from the table."""

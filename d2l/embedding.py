@@ -1,4 +1,4 @@
-"""Embeddings: what a document is about, as a unit vector for each passage, for routing by meaning.
+"""Embeddings: what a document is about, as one unit vector, for routing by meaning; adapters know nothing of them.
 
 Any sentence embedding model works whose parts are a transformer that reads both ways, pooling (mean or first token) and
 normalisation, and that wants no words of its own before a text. The bundled `all-minilm-l6-v2` is
@@ -10,7 +10,6 @@ Vectors of different models must not be compared, so a model's name ends in a di
 
 import hashlib
 import importlib.util
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,13 +33,11 @@ _BUNDLED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _PARTS = {"Transformer", "Pooling", "Normalize"}
 _FIRST_TOKEN = "pooling_mode_cls_token"
 _MODES = {"pooling_mode_mean_tokens", _FIRST_TOKEN}
-MAX_PASSAGES = 16
-"""Vectors of one text at most; of a longer one each is the mean of neighbours."""
 _BATCH_TOKENS = 8192
 """Tokens of one batch, padding included."""
 
 _Chunk = tuple[int, Sequence[int]]
-"""Number of its passage, and its tokens."""
+"""Number of its text, and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class EmbeddingModel:
 
     folder: str
     name: str
-    """Public name, `@`, and 16 hex digits of the digest of weights, pooling and lengths: equal names, like vectors."""
+    """Public name, `@`, and 16 hex digits of the digest of weights, pooling and length: equal names, like vectors."""
     max_tokens: int
     """Tokens of one chunk, special ones included."""
     first_token: bool
@@ -82,7 +79,7 @@ class EmbeddingModel:
             )
         is_folder = "://" in name or Path(name).is_dir()
         public = _BUNDLED_HUB_ID if bundled else Path(name).resolve().name if is_folder else name
-        work = json.dumps([weights_digest(folder), limit, MAX_PASSAGES, *modes])
+        work = json.dumps([weights_digest(folder), limit, *modes])
         digest = hashlib.sha256(work.encode()).hexdigest()[:16]
         return cls(str(folder), f"{public}@{digest}", limit, _FIRST_TOKEN in modes)
 
@@ -108,35 +105,19 @@ class Embedder:
         self._affixes = _special_tokens(self._tokenizer)
         self._chunking = ChunkingConfig(max_chunk_tokens=model.max_tokens - self._affixes.length)
 
-    @property
-    def width(self) -> int:
-        """Numbers of a vector."""
-        return int(self._model.config.hidden_size)
-
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[Tensor]:
-        """The passages of texts: what fits the model, one after the other.
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """One vector a text, its norm 1: of a long text the mean of its chunks' unit vectors.
 
         Returns:
-            For each text [passages, width] float32, on the CPU, of norm 1; at least one, at most `MAX_PASSAGES`.
+            [texts, width] float32, on the CPU.
         """
-        chunks = [self._chunks(text) for text in texts]
-        counts = [min(len(own), MAX_PASSAGES) for own in chunks]
-        first = [0, *itertools.accumulate(counts)]
-        owned = [
-            (first[text] + i * counts[text] // len(own), chunk)
-            for text, own in enumerate(chunks)
-            for i, chunk in enumerate(own)
-        ]
-        sums = torch.zeros(first[-1], self.width)
-        for batch in self._batches(owned):
+        chunks = [(number, chunk) for number, text in enumerate(texts) for chunk in self._chunks(text)]
+        sums = torch.zeros(len(texts), self._model.config.hidden_size)
+        for batch in self._batches(chunks):
             owners = torch.tensor([owner for owner, _ in batch])
             sums.index_add_(0, owners, self._vectors([ids for _, ids in batch]).cpu())
-        return list(F.normalize(sums, dim=-1).split(counts))
-
-    def questions(self, texts: Sequence[str]) -> Tensor:
-        """One vector a text, [texts, width] float32 on the CPU, of norm 1: the mean of its passages."""
-        return F.normalize(torch.stack([passages.sum(0) for passages in self(texts)]), dim=-1)
+        return F.normalize(sums, dim=-1)
 
     def _chunks(self, text: str) -> list[Sequence[int]]:
         ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

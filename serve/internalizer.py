@@ -146,8 +146,7 @@ class Internalizer:
             return None
         with self._timed("embed"):
             async with self._computing:
-                [passages] = await asyncio.to_thread(self._embedder, [work.text])
-        return passages.flatten().tolist()
+                return (await asyncio.to_thread(self._embedder, [work.text]))[0].tolist()
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
     async def _together(self, jobs: list["_Job"]) -> list[Adapter | UserError]:

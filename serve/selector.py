@@ -1,8 +1,7 @@
 """The selector deployment: which of a tenant's documents a question is about, for the model name `base:auto`.
 
-A question is compared with the passages of documents by the cosine of their embeddings, which conversion and uploads
-write into the catalogue. A tenant's embeddings are read from the table when it asks first, and again after its
-documents have changed.
+Question and documents are compared by the cosine of their embeddings, which conversion and uploads write into the
+catalogue. A tenant's embeddings are read from the table when it asks first, and again after its documents have changed.
 """
 
 import asyncio
@@ -15,7 +14,6 @@ from ray import serve
 from d2l.catalogue import Catalogue, Event
 from d2l.embedding import Embedder, EmbeddingModel
 from d2l.errors import UserError
-from d2l.passages import Passages
 from serve.errors import storage_error
 
 _TAIL_S = 1.0
@@ -31,7 +29,7 @@ class Choice:
     doc_id: str
     version: str
     similarity: float
-    """Cosine of the question's embedding and its nearest passage's, at most 1."""
+    """Cosine of the embeddings, at most 1."""
 
 
 @serve.deployment
@@ -46,21 +44,22 @@ class Selector:
     async def __init__(self, store: str, embedding: str):
         self._embedder = await asyncio.to_thread(Embedder, EmbeddingModel.of(embedding))
         self._catalogue = await asyncio.to_thread(Catalogue, store)
-        self._indexes: dict[str, tuple[list[Event], Passages]] = {}
+        self._indexes: dict[str, tuple[list[Event], np.ndarray]] = {}
         self._using_table = asyncio.Lock()
         self._tailing = asyncio.create_task(self._tail())
 
     async def select(self, tenant: str, question: str) -> Choice | None:
-        """The document with the passage nearest to the question; None where there is none with an embedding.
+        """The document nearest to the question; None where there is none with an embedding.
 
         Raises:
             ApiError: the storage fails.
         """
-        events, passages = await self._index(tenant)
+        events, vectors_ND = await self._index(tenant)
         if not events:
             return None
-        best, similarity = await asyncio.to_thread(passages.nearest, await self._embed(question))
-        return Choice(events[best].doc_id, events[best].version, similarity)
+        similarities_N = vectors_ND @ await self._embed(question)
+        best = int(similarities_N.argmax())
+        return Choice(events[best].doc_id, events[best].version, float(similarities_N[best]))
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
@@ -69,27 +68,20 @@ class Selector:
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _embed(self, questions: list[str]) -> list[np.ndarray]:
-        return list((await asyncio.to_thread(self._embedder.questions, questions)).numpy())
+        return list((await asyncio.to_thread(self._embedder, questions)).numpy())
 
-    async def _index(self, tenant: str) -> tuple[list[Event], Passages]:
-        """The tenant's documents, and what they are about."""
+    async def _index(self, tenant: str) -> tuple[list[Event], np.ndarray]:
+        """The tenant's documents, and their vectors [documents, width]."""
         if found := self._indexes.get(tenant):
             return found
         async with self._using_table:
             if tenant not in self._indexes:
                 try:
-                    self._indexes[tenant] = await asyncio.to_thread(self._read, tenant)
+                    read = await asyncio.to_thread(self._catalogue.embeddings, tenant, self._embedder.name)
                 except UserError as error:
                     raise storage_error(error) from error
+                self._indexes[tenant] = read
             return self._indexes[tenant]
-
-    def _read(self, tenant: str) -> tuple[list[Event], Passages]:
-        events, vectors = self._catalogue.embeddings(tenant, self._embedder.name)
-        if others := sum(
-            event.embedding_model not in ("", self._embedder.name) for event in self._catalogue.current(tenant)
-        ):
-            logger.warning("%d documents have embeddings of another model: not chosen until converted again", others)
-        return events, Passages.joined([vector.reshape(-1, self._embedder.width) for vector in vectors])
 
     async def _tail(self) -> None:
         while True:

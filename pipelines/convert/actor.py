@@ -266,8 +266,7 @@ class Converter:
         wanted = list({row["adapter_id"]: None for row in results if row["event"] in ("ready", EMBEDDED)})
         if not wanted or self.embedder is None:
             return results
-        passages = self.embedder([texts[name] for name in wanted])
-        vectors = {name: own.flatten().tolist() for name, own in zip(wanted, passages, strict=True)}
+        vectors = dict(zip(wanted, self.embedder([texts[name] for name in wanted]).tolist(), strict=True))
         model = self.embedder.name
         return [
             row | {"embedding": vectors[row["adapter_id"]], "embedding_model": model}

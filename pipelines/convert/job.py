@@ -13,11 +13,10 @@ What grows with the collection, as measured with 20,000 documents whose ids have
 - skipping: 24 bytes for each current document, one array shared by a machine's actors; and one look at the store's
   commit mark for each document skipped;
 - the catalogue: 0.9 KB of driver memory for each current document, with and without embeddings, for these stay in the
-  table once they are committed (until then 12 KB a passage); there an event has 19 bytes and its embedding 1.4 KB for
-  each passage (384 numbers for 254 tokens, at most 16 times); a commit has 2 KB of log. A reader fetches 70 KB of a
-  commit of 1,000, the embeddings only where they are asked for.
+  table; there an event has 19 bytes and its embedding 1.4 KB (384 numbers); a commit has 2 KB of log. A reader fetches
+  70 KB of a commit of 1,000, the embeddings only where they are asked for.
 
-| short documents | objects in the store | catalogue with, without embeddings | commits of 1,000 | driver memory |
+| documents | objects in the store | catalogue with, without embeddings | commits of 1,000 | driver memory |
 |---|---|---|---|---|
 | 10^4 | 3 * 10^4 | 14 MB, 0.2 MB | 10 | 17 MB |
 | 10^6 | 3 * 10^6 | 1.4 GB, 21 MB | 1,000 | 1.7 GB |

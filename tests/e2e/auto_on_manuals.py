@@ -4,7 +4,7 @@
 
 The Parquet files have columns `title` and `text`, and `question`. `manual_questions.jsonl` has 100 questions, each
 written from a page of the PostgreSQL 15 or Python 3.11 manual; of the other file as many are asked, which are about
-something else. Prints one JSON object; `mean` is for comparison: one vector a page, the mean of its passages.
+something else. Prints one JSON object.
 """
 
 import json
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
-from d2l.passages import Passages
 from serve.app import ServeConfig
 
 _QUESTIONS = Path(__file__).with_name("manual_questions.jsonl")
@@ -48,31 +46,18 @@ def main(config: Config) -> dict[str, Any]:
     rest = random.Random(0).sample(others := [title for title in pages if title not in titles], len(others))
     kept = titles + rest[: max(0, (config.pages or len(pages)) - len(titles))]
     embedder = Embedder(EmbeddingModel.of(config.embedding))
-    vectors = [own.numpy() for own in embedder([pages[title] for title in kept])]
+    vectors_ND = embedder([pages[title] for title in kept])
     elsewhere = pc.unique(pq.read_table(config.others, columns=["question"])["question"]).to_pylist()
-    questions = embedder.questions([row["question"] for row in asked]).numpy()
-    unrelated = embedder.questions(random.Random(0).sample(elsewhere, len(asked))).numpy()
-    means = [own.sum(0, keepdims=True) / np.linalg.norm(own.sum(0)) for own in vectors]
-    found = {"pages": len(kept), "passages": sum(map(len, vectors)), "questions": len(asked)}
-    return found | {
-        name: _count(Passages.joined(documents), kept, titles, questions, unrelated)
-        for name, documents in (("auto", vectors), ("mean", means))
-    }
-
-
-def _count(
-    passages: Passages, kept: list[str], titles: list[str], questions: np.ndarray, unrelated: np.ndarray
-) -> dict[str, Any]:
-    nearest = [passages.nearest(question) for question in questions]
-    right = [kept[number] == title for (number, _), title in zip(nearest, titles, strict=True)]
-    sure = [similarity >= ServeConfig.min_similarity for _, similarity in nearest]
+    cosines, nearest = (embedder([row["question"] for row in asked]) @ vectors_ND.T).max(1)
+    unrelated = (embedder(random.Random(0).sample(elsewhere, len(asked))) @ vectors_ND.T).amax(1)
+    chosen = [kept[number] for number in nearest.tolist()]
+    sure = (cosines >= ServeConfig.min_similarity).tolist()
     return {
-        "nearest_is_right": sum(right),
-        "right": sum(r and s for r, s in zip(right, sure, strict=True)),
-        "unrelated_to_the_base": sum(passages.nearest(q)[1] < ServeConfig.min_similarity for q in unrelated),
-        "wrong": [
-            f"{title}: {kept[number]}" for (number, _), title, r in zip(nearest, titles, right, strict=True) if not r
-        ],
+        "pages": len(kept),
+        "questions": len(asked),
+        "right": sum(page == title and s for page, title, s in zip(chosen, titles, sure, strict=True)),
+        "unrelated_to_the_base": int((unrelated < ServeConfig.min_similarity).sum()),
+        "wrong": [f"{title}: {page}" for page, title in zip(chosen, titles, strict=True) if page != title],
     }
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from d2l import embedding as embedding_module
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
 from d2l.errors import UserError
 
@@ -29,39 +28,27 @@ def write(path: Path, **fields: object) -> None:
 
 
 def test_a_question_is_nearest_to_the_document_that_answers_it(embedder: Embedder) -> None:
-    documents = embedder.questions(
+    documents = embedder(
         [
             "VACUUM reclaims storage occupied by dead tuples of a table.",
             "Lists might be used as stacks: the last element added is the first one retrieved.",
             "Preheat the oven, whisk the eggs and fold in the flour.",
         ]
     )
-    questions = embedder.questions(["How do I get disk space back from my database?", "What do I need for a cake?"])
+    questions = embedder(["How do I get disk space back from my database?", "What do I need for a cake?"])
     assert (questions @ documents.T).argmax(1).tolist() == [0, 2]
     torch.testing.assert_close(documents.norm(dim=-1), torch.ones(3))
     assert documents.shape == (3, 384)
 
 
-def test_a_long_text_has_a_vector_for_each_passage_whatever_its_neighbours(embedder: Embedder) -> None:
+def test_a_long_text_is_the_mean_of_its_chunks_whatever_its_neighbours(embedder: Embedder) -> None:
     # 508 tokens of a word each: two chunks of 254, the model's 256 with the special tokens
     parts = [" ".join([word] * 254) for word in ("harbour", "oven")]
-    texts = ["short", *parts, " ".join(parts), "\u200b", "[SEP]"]
-    vectors = embedder(texts)
-    assert [len(own) for own in vectors] == [1, 1, 1, 2, 1, 1]
-    torch.testing.assert_close(vectors[3], torch.cat(vectors[1:3]), atol=1e-5, rtol=0)
+    vectors = embedder(["short", *parts, " ".join(parts), "\u200b", "[SEP]"])
+    mean = torch.nn.functional.normalize(vectors[1] + vectors[2], dim=-1)
+    torch.testing.assert_close(vectors[3], mean, atol=1e-5, rtol=0)
     torch.testing.assert_close(vectors[0], embedder(["short"])[0], atol=1e-5, rtol=0)
-    mean = torch.nn.functional.normalize(vectors[3].sum(0), dim=-1)
-    torch.testing.assert_close(embedder.questions(texts)[3], mean, atol=1e-5, rtol=0)
-    assert torch.cat(vectors).isfinite().all()
-
-
-def test_a_very_long_text_has_means_of_neighbours(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_module, "MAX_PASSAGES", 2)
-    parts = [" ".join([word] * 254) for word in ("harbour", "oven", "violin")]
-    [first], [second], [third] = embedder(parts)
-    [means] = embedder([" ".join(parts)])
-    torch.testing.assert_close(means[0], torch.nn.functional.normalize(first + second, dim=-1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(means[1], third, atol=1e-5, rtol=0)
+    assert vectors.isfinite().all()
 
 
 def test_it_is_what_the_models_authors_say(embedder: Embedder) -> None:
@@ -70,7 +57,7 @@ def test_it_is_what_the_models_authors_say(embedder: Embedder) -> None:
     inputs = AutoTokenizer.from_pretrained(model.folder)(["A text."], return_tensors="pt")
     with torch.no_grad():
         hidden = embedder._model(**inputs).last_hidden_state
-    torch.testing.assert_close(embedder(["A text."])[0], torch.nn.functional.normalize(hidden.mean(1), dim=-1))
+    torch.testing.assert_close(embedder(["A text."]), torch.nn.functional.normalize(hidden.mean(1), dim=-1))
 
 
 def test_names_tell_models_apart(folder: Path, embedder: Embedder) -> None:
@@ -88,9 +75,9 @@ def test_names_tell_models_apart(folder: Path, embedder: Embedder) -> None:
 def test_pooling_by_the_first_token(folder: Path, embedder: Embedder) -> None:
     modes = {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
     write(folder / "1_Pooling/config.json", **modes)
-    [other] = Embedder(EmbeddingModel.of(str(folder)))(["A text."])
+    other = Embedder(EmbeddingModel.of(str(folder)))(["A text."])
     torch.testing.assert_close(other.norm(dim=-1), torch.ones(1))
-    assert not torch.allclose(other, embedder(["A text."])[0], atol=0.01)
+    assert not torch.allclose(other, embedder(["A text."]), atol=0.01)
 
 
 @pytest.mark.parametrize(
