@@ -63,8 +63,7 @@ class MetaLearner(nn.Module):
             first = torch.tensor([0, *accumulate(batch.questions[:-1])], device=device)
             with adapted([1] * len(first)):
                 base.decoder(input_ids=batch.ids[first, :stem], cache=cache, use_cache=True)
-            rows = [i for i, count in enumerate(batch.questions) for _ in range(count)]
-            cache.batch_select_indices(torch.tensor(rows, device=device))
+            cache.batch_select_indices(torch.tensor(_owners(batch.questions), device=device))
         with adapted(batch.questions), recomputed:
             hidden = base.decoder(input_ids=batch.ids[:, stem:], cache=cache, use_cache=bool(stem)).last_hidden_state
         places = batch.places - stem * (batch.places // batch.ids.shape[1] + 1)
@@ -88,7 +87,7 @@ class MetaLearner(nn.Module):
 
         @contextmanager
         def adapted(rows: Sequence[int]) -> Iterator[None]:
-            documents = Rows(tuple(i for i, count in enumerate(rows) for _ in range(count)))
+            documents = Rows(_owners(rows))
             everywhere = Rows((0,) * sum(rows))
             # On CPUs, the backward pass of the flash kernel is slow for many short rows.
             attention = sdpa_kernel(SDPBackend.MATH) if base.device.type == "cpu" else nullcontext()
@@ -123,6 +122,11 @@ class MetaLearner(nn.Module):
             metrics["l1"] = l1(chunk_factors)
             loss = loss + self.weights.l1 * metrics["l1"]
         return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _owners(rows: Sequence[int]) -> tuple[int, ...]:
+    """The document of each row, where each document has so many, one after the other."""
+    return tuple(document for document, count in enumerate(rows) for _ in range(count))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,10 @@ class VllmBatcher:
         if top is None or not choice.logprobs:
             return [(token, None) for token in ids]
         tokenizer, found = self._base.tokenizer, choice.logprobs
+        alternatives = [_best(tops or {}, top) for tops in found.top_logprobs or [{}] * len(ids)]
         return [
-            (token, spelled(tokenizer, token, logprob, _best(tops or {}, top)))
-            for token, logprob, tops in zip(ids, found.token_logprobs, found.top_logprobs or [], strict=False)
+            (token, spelled(tokenizer, token, logprob, best))
+            for token, logprob, best in zip(ids, found.token_logprobs, alternatives, strict=True)
         ]
 
     async def _model(self, adapter: Adapter) -> str:
@@ -159,8 +161,13 @@ class VllmBatcher:
         key = id(adapter)
         if key not in self._loads:
             self._loads[key] = asyncio.ensure_future(self._load(adapter))
+            self._loads[key].add_done_callback(partial(self._drop_failed, key))
             weakref.finalize(adapter, self._forget, key, asyncio.get_running_loop())
-        return await asyncio.shield(self._loads[key])
+        return await asyncio.shield(self._loads[key])  # if it fails, the next request tries again
+
+    def _drop_failed(self, key: int, load: asyncio.Task[str]) -> None:
+        if load.cancelled() or load.exception():
+            self._loads.pop(key, None)
 
     async def _load(self, adapter: Adapter) -> str:
         if adapter.rank > _MAX_RANK:
@@ -173,8 +180,10 @@ class VllmBatcher:
 
     def _forget(self, key: int, loop: asyncio.AbstractEventLoop) -> None:
         """The adapter is held no more; called from whichever thread let it go."""
-        with suppress(RuntimeError):  # the loop is closed: all ends
-            loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._unload(self._loads.pop(key))))
+        load = self._loads.pop(key, None)  # now, for the next adapter may get the same id
+        if load:
+            with suppress(RuntimeError):  # the loop is closed: all ends
+                loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._unload(load)))
 
     async def _unload(self, load: asyncio.Task[str]) -> None:
         with suppress(Exception):  # it was never loaded, or the server is gone
@@ -187,7 +196,7 @@ class VllmBatcher:
         while time.monotonic() < end:
             if (code := self._server.poll()) is not None:
                 raise UserError(f"engine vllm: {command!r} ended with exit code {code}; its output is in this log")
-            with suppress(requests.ConnectionError):
+            with suppress(requests.RequestException):
                 if requests.get(f"{self._url}/health", timeout=5).ok:
                     return
             time.sleep(0.5)

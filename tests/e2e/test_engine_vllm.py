@@ -73,6 +73,19 @@ def test_adapters_in_one_batch_answer_as_the_library_does(library: DocToLora, ba
     assert (batcher.running, batcher.waiting) == (0, 0)
 
 
+def test_stop_strings_and_log_probabilities_without_alternatives(
+    library: DocToLora, batcher: VllmBatcher, loop: Loop
+) -> None:
+    prompt = library.base.prompt_ids([{"role": "user", "content": "Count from one to five."}])
+    whole = text(loop.run_until_complete(pieces(batcher, Job(prompt, None, SAMPLING))))
+    stop = whole[len(whole) // 2 :][:3]
+    found = loop.run_until_complete(pieces(batcher, Job(prompt, None, SAMPLING, stops=(stop,), logprobs=0)))
+    assert (text(found), found[-1].finish_reason) == (whole[: whole.index(stop)], "stop")
+    logprobs = [token for piece in found for token in piece.logprobs]
+    assert len(logprobs) == found[-1].completion_tokens
+    assert not any(token.top for token in logprobs)
+
+
 def test_adapters_go_when_nobody_holds_them(library: DocToLora, batcher: VllmBatcher, loop: Loop) -> None:
     async def ask_and_forget() -> None:
         adapter = library.internalize("The gate opens at nine.")
