@@ -236,7 +236,7 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
         blocking: serve until Ctrl-C or SIGTERM, then stop what was started; else return once requests are answered.
 
     Raises:
-        UserError: the store or the base model cannot be used, or the port is taken.
+        UserError: the store or the base model cannot be used, the port is taken, or a deployment does not come up.
     """
     resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
     Catalogue(config.store)
@@ -258,7 +258,10 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
                 cleanup.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         serve.start(http_options={"host": config.host, "port": config.port})
         cleanup.callback(serve.delete, APP_NAME)
-        serve.run(build(config), name=APP_NAME)
+        try:
+            serve.run(build(config), name=APP_NAME)
+        except RuntimeError as error:
+            raise UserError(f"the endpoint did not come up: {_reason(error)}") from error
         print(_greeting(config), flush=True)
         if not blocking:
             cleanup.pop_all()
@@ -266,6 +269,13 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
         with suppress(KeyboardInterrupt):
             while True:
                 signal.pause()
+
+
+def _reason(error: Exception) -> str:
+    """What a replica said last that could not start; Serve itself says only which deployment it is of."""
+    deployments = serve.status().applications[APP_NAME].deployments.values()
+    said = [line for deployment in deployments for line in deployment.message.splitlines() if "Error: " in line]
+    return said[-1].partition("Error: ")[2] if said else str(error)
 
 
 def _slots(config: ServeConfig) -> int:

@@ -7,10 +7,12 @@ a batch, vLLM decides. Prompts go to it as tokens and tokens come back, so texts
 """
 
 import asyncio
+import ctypes
 import itertools
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -35,6 +37,8 @@ from serve.engine.batcher import BatcherConfig
 from serve.engine.logprobs import TokenLogprob, spelled
 from serve.errors import ApiError
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 _BASE = "base"
 _MAX_RANK = 128
 """Rank of adapters at most: of those that `d2l convert` stores. vLLM takes their room on the device in advance."""
@@ -79,7 +83,8 @@ class VllmBatcher:
         arguments += ["--enable-lora", "--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
         try:
             environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-            self._server = subprocess.Popen(arguments, stdout=2, env=environment)  # stderr: what it prints is a log
+            # To stderr: what it prints is a log. A replica that is killed takes its server with it.
+            self._server = subprocess.Popen(arguments, stdout=2, env=environment, preexec_fn=_end_with_parent)
         except OSError as error:
             raise UserError(f"engine vllm: {program} cannot be run ({error.strerror}); give --vllm COMMAND") from None
         weakref.finalize(self, _end, self._server, self._folder)
@@ -201,6 +206,10 @@ class VllmBatcher:
                     return
             time.sleep(0.5)
         raise UserError(f"engine vllm: {command!r} did not answer within {_START_S:.0f} s")
+
+
+def _end_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _best(tops: dict[str, float], count: int) -> list[tuple[int, float]]:

@@ -19,6 +19,7 @@ from d2l import DocToLora, compose
 from d2l.adapter import WEIGHTS_FILE, Adapter
 from d2l.base_model import BaseModel
 from d2l.catalogue import Catalogue, Event
+from d2l.errors import UserError
 from d2l.generation import SamplingConfig, generate
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.store import AdapterStore
@@ -97,6 +98,16 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
     run(config, blocking=False)
     yield running
     serve.shutdown()
+
+
+def test_a_replica_that_cannot_start_says_why(ray_cluster: None, tiny_llama: BaseModel, tmp_path: Path):
+    (port,) = free_ports(1)
+    config = ServeConfig(str(tmp_path), tiny_llama.name, port=port, embedding="none", vllm="nowhere/vllm serve")
+    try:
+        with pytest.raises(UserError, match="did not come up: engine vllm: nowhere/vllm cannot be run"):
+            run(config, blocking=False)
+    finally:
+        serve.shutdown()
 
 
 def test_models_are_listed(server: Server):
