@@ -7,6 +7,7 @@ digest of config and weights.
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from d2l.chunking import ChunkBatch, ChunkingConfig
 from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
-from d2l.factors import Factors, LowRank
+from d2l.factors import Factors, LowRank, combine_chunks, split_documents, stack
+from d2l.memory import regress
 
 FORMAT_VERSION = 3
 
@@ -50,7 +52,7 @@ class HypernetworkConfig:
 
 
 class Hypernetwork(nn.Module):
-    """Chunks of documents in, LoRA factors of each chunk out."""
+    """Chunks of documents in, rows of each chunk out; a document's rows come to LoRA factors (`d2l.memory`)."""
 
     def __init__(self, config: HypernetworkConfig, base: BaseModel):
         super().__init__()
@@ -91,8 +93,16 @@ class Hypernetwork(nn.Module):
         return {name: LowRank(self.bias[f"{name}_a"], self.bias[f"{name}_b"]) for name in self.config.target_modules}
 
     def forward(self, batch: ChunkBatch) -> Factors:
-        """Encode chunks and generate their factors, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
+        """Encode chunks and write their rows, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
         return self.generator(self.encoder(batch))
+
+    def join(self, rows: Factors, chunks_per_document: Sequence[int]) -> Factors:
+        """Rows of chunks, documents one after the other, to LoRA factors [layers, documents, R, .]."""
+        strengths = self.generator.strengths()
+        if strengths is None or all(count == 1 for count in chunks_per_document):
+            return regress(combine_chunks(rows, chunks_per_document), strengths)
+        # One by one: rows of a short document are not to be solved for at the size of a long one.
+        return stack([regress(document, strengths) for document in split_documents(rows, chunks_per_document)])
 
     def fingerprint(self) -> str:
         """16 hex digits that name this hypernetwork: of the checkpoint it came from, or of its weights once trained."""

@@ -1,8 +1,9 @@
 """Documents to adapters: the one code path behind the facade, bulk conversion and serving.
 
 Chunks of many documents share encoder batches, filled to a token budget whatever the documents' sizes; documents come
-out as they are finished. A document's rows are compressed every few chunks, so memory depends on the budget and on
-`max_rank`, not on the document's length. A document's result does not depend on its neighbours, beyond rounding.
+out as they are finished. Of a document that is being read no more is kept than its first rows or their moments
+(`d2l.memory`), so memory depends on the budget, not on the document's length. A document's result does not depend on
+its neighbours, beyond rounding.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.factors import Factors, concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
+from d2l.memory import Memory
 
 _WINDOW_BATCHES = 4
 """Encoder batches' worth of chunks that are gathered and sorted by length before any is run."""
@@ -30,8 +32,8 @@ class InternalizeConfig:
     """Rows of an adapter at most, bias included."""
     batch_tokens: int = 4096
     """Tokens of one encoder batch at most, padding and affixes included; a single chunk may exceed it."""
-    compress_rows: int = 1024
-    """A document's rows are compressed when this many have gathered."""
+    gathered_rows: int = 2048
+    """Rows of a document that are kept at most, before moments take their place."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,8 @@ class _Job:
     digest: str
     tokens: int
     chunks: list[Sequence[int]]
+    memory: Memory
     done: int = 0
-    rows: Factors | None = None
-    error: float = 0.0
 
 
 class Internalizer:
@@ -74,7 +75,8 @@ class Internalizer:
             for name in hypernetwork.config.target_modules
         }
         self._fingerprint = hypernetwork.fingerprint()
-        bias = hypernetwork.bias_factors()
+        strengths, bias = hypernetwork.generator.strengths(), hypernetwork.bias_factors()
+        self._strengths = {name: s.detach() for name, s in strengths.items()} if strengths else None
         self._bias = map_tensors(bias, lambda t: t.detach().to(base.dtype)) if bias else None
 
     def __call__(self, documents: Iterable[Document]) -> list[Adapter]:
@@ -115,7 +117,8 @@ class Internalizer:
     def _start(self, index: int, document: Document) -> _Job:
         chunking = self.hypernetwork.config.chunking
         ids = document_ids(document.text, self.base.tokenizer, chunking, document.name)
-        return _Job(index, document.digest, len(ids), split_evenly(ids, chunking))
+        memory = Memory(self._strengths, self.config.gathered_rows)
+        return _Job(index, document.digest, len(ids), split_evenly(ids, chunking), memory)
 
     def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
         """Run all chunks of the window, longest first, in batches of the token budget.
@@ -134,15 +137,9 @@ class Internalizer:
         batch = batch_chunks(chunks, self._affixes, self.base.pad_id).to(self.base.device)
         factors = self.hypernetwork(batch)
         for (job, number), rows in zip(waiting, split_documents(factors, [1] * len(waiting)), strict=True):
-            rows = self._written(rows, len(job.chunks[number]))
-            job.rows = rows if job.rows is None else concat_ranks([job.rows, rows])
+            job.memory.add(self._written(rows, len(job.chunks[number])))
             job.done += 1
-            finished = job.done == len(job.chunks)
-            room = self.config.max_rank - self.hypernetwork.config.bias_rank
-            if rank_of(job.rows) > room and (finished or rank_of(job.rows) >= self.config.compress_rows):
-                job.rows, error = sketch(job.rows, room)
-                job.error += error
-            if finished:
+            if job.done == len(job.chunks):
                 yield job.index, self._finish(job)
 
     def _written(self, rows: Factors, tokens: int) -> Factors:
@@ -150,10 +147,12 @@ class Internalizer:
         if not self.hypernetwork.generator.token_rows:
             return rows
         start = len(self._affixes.prefix)
-        return map_tensors(rows, lambda t: t[:, start : start + tokens])
+        return map_tensors(rows, lambda t: t[:, start : start + tokens].contiguous())  # a view keeps its whole batch
 
     def _finish(self, job: _Job) -> Adapter:
-        assert job.rows is not None
+        factors, error, room = job.memory.factors(), 0.0, self.config.max_rank - self.hypernetwork.config.bias_rank
+        if rank_of(factors) > room:
+            factors, error = sketch(factors, room)
         provenance = Provenance(
             text_digest=job.digest,
             tokens=job.tokens,
@@ -161,10 +160,10 @@ class Internalizer:
             hypernetwork=self._fingerprint,
             base_model=self.base.name,
             base_digests=self.base.digests,
-            compression_error=job.error,
+            compression_error=error,
         )
         return Adapter(
-            concat_ranks([job.rows, self._bias]) if self._bias else job.rows,
+            concat_ranks([factors, self._bias]) if self._bias else factors,
             self.hypernetwork.config.bias_rank,
             self.hypernetwork.config.scale,
             self._paths,

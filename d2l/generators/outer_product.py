@@ -9,15 +9,15 @@ The base model's own activations address its memory. For target module m of laye
 where h is the residual stream entering the layer, h0 that entering the first one (the token's embedding), and each part
 is RMS-normalised; `copy` is a vector, for modules whose output is as wide as the stream: where the head is tied to the
 embeddings, adding the next token's to the stream says that token, and need not go through the MLP's bottleneck.
-The chunk's update is the ridge regression from keys to values, with the ridge 1/s learned for each layer:
+A document's update is the ridge regression from keys to values (`d2l.memory`), with the ridge 1/s learned for each
+layer, and weights gate_t:
 
-    delta W = (1 + s)/s / sqrt(tokens) * argmin_W sum_t gate_t |W key_t - value_t|^2 + |W|^2 / s
+    A_t = sqrt(gate_t) key_t,    B_t = sqrt(gate_t / tokens) value_t,    tokens = those of t's chunk
 
-With s = 0 that is sum_t gate_t value_t key_t^T: fast weights, a linear-attention memory (Schlag et al., arXiv
+With s = 0 that is the sum of the rows' outer products: fast weights, a linear-attention memory (Schlag et al., arXiv
 2102.11174; compare Generative Adapter, arXiv 2411.05877), in which what is written at one key is read at all that are
-like it. The regression takes that out (as the mesa layer does along a sequence, arXiv 2309.05858). A = keys, B = its
-dual solution: the rank is the number of tokens; internalizing compresses it. W2 and `copy` start at zero, so an
-untrained generator changes nothing.
+like it. The regression takes that out (as the mesa layer does along a sequence, arXiv 2309.05858). W2 and `copy` start
+at zero, so an untrained generator changes nothing.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from d2l.context_encoder import Features
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
+from d2l.memory import Strengths
 
 _RATE = 10.0
 """`copy` and s are learned by so much faster than other weights: they are of the order of 1."""
@@ -46,7 +47,7 @@ class Config:
 
 
 class Generator(nn.Module):
-    """Rows for every content token: A [layers, chunks, tokens, d_in], B [layers, chunks, tokens, d_out]."""
+    """A row for every content token: A [layers, chunks, tokens, d_in], B [layers, chunks, tokens, d_out]."""
 
     encoder_kinds: ClassVar[tuple[str, ...]] = ("activations",)
     token_rows: ClassVar[bool] = True
@@ -61,7 +62,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, features: Features) -> Factors:
-        """Write every content token; the values of affixes and padding are zero."""
+        """Keys and values of every content token; those of affixes and padding are zero."""
         weights_N1T = (features.content / features.content.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)
         weights_N1T = weights_N1T.to(features.final.dtype)
         final = _unit_rms(features.final)
@@ -79,6 +80,13 @@ class Generator(nn.Module):
             ]
             factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
         return factors
+
+    def strengths(self) -> Strengths:
+        """S of each layer."""
+        return {
+            name: torch.stack([writer.strength() for writer in writers])  # type: ignore[union-attr, operator]
+            for name, writers in self.writers.items()
+        }
 
 
 class _Writer(nn.Module):
@@ -104,7 +112,6 @@ class _Writer(nn.Module):
     ) -> LowRank:
         centred_NTi = x_NTi - weights_N1T @ x_NTi
         key_NTi = torch.addcmul(self.key_up(self.key_down(centred_NTi)), centred_NTi, self.key_diagonal.to(x_NTi.dtype))
-        # The key's norm divides the dual: a pass over the narrower of the two, and the same outer product.
         norm_NT1 = torch.linalg.vector_norm(key_NTi, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
         own, following = self.stream_in(h_NTd).chunk(2, -1)
         hidden = self.final_in(final_NTd) + own + _next(following)
@@ -113,18 +120,14 @@ class _Writer(nn.Module):
             value_NTo = torch.addcmul(value_NTo, next_NTd, (_RATE * self.copy).to(value_NTo.dtype))
         # The gate's square root; by way of its logarithm, for the gradient of a root is infinite at 0.
         root_NT1 = (F.logsigmoid(hidden[..., :1].float()) / 2).exp().masked_fill(weights_N1T.mT == 0, 0)
-        dual_NTo = self._regressed(key_NTi * (root_NT1 / norm_NT1), value_NTo * root_NT1)
-        return LowRank(key_NTi, (dual_NTo * (root_NT1 * weights_N1T.mT.sqrt() / norm_NT1)).to(value_NTo.dtype))
+        return LowRank(
+            key_NTi * (root_NT1 / norm_NT1).to(key_NTi.dtype),
+            value_NTo * (root_NT1 * weights_N1T.mT.sqrt()).to(value_NTo.dtype),
+        )
 
-    def _regressed(self, key_NTi: Tensor, value_NTo: Tensor) -> Tensor:
-        """The dual solution (1 + s) (1 + s K K^T)^-1 V, float32."""
+    def strength(self) -> Tensor:
         ridge = self.ridge.float()
-        s = _RATE * (ridge + (ridge.clamp(min=0) - ridge).detach())  # at 0 the gradient goes on: there is a way back
-        with torch.autocast(key_NTi.device.type, enabled=False):
-            gram_NTT = s * (key_NTi @ key_NTi.mT)
-            gram_NTT.diagonal(dim1=-2, dim2=-1).add_(1)
-            # Not `cholesky`, which raises where there is a NaN: losses tell, and whoever checks them.
-            return (1 + s) * torch.cholesky_solve(value_NTo.float(), torch.linalg.cholesky_ex(gram_NTT).L)
+        return _RATE * (ridge + (ridge.clamp(min=0) - ridge).detach())  # at 0 the gradient goes on: a way back
 
 
 def _next(x_NTd: Tensor) -> Tensor:

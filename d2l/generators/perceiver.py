@@ -82,6 +82,9 @@ class Generator(nn.Module):
             self.scale_a[name] = nn.Parameter(torch.ones(shapes.layers, 1, rank, 1))
             self.scale_b[name] = nn.Parameter(torch.zeros(shapes.layers, 1, rank, 1))
 
+    def strengths(self) -> None:
+        """Rows are factors."""
+
     def forward(self, features: Features) -> Factors:
         """Read the real tokens, affixes included; padding is never seen."""
         rows_LNQw = self._rows(features)

@@ -30,6 +30,9 @@ class Generator(nn.Module):
         super().__init__()
         self.shapes = shapes
 
+    def strengths(self) -> None:
+        """Rows are factors."""
+
     def forward(self, features: Features) -> Factors:
         """Zeros, whatever the chunks."""
         size = (self.shapes.layers, len(features.final), 1)

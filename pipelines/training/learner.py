@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from d2l.base_model import BaseModel
-from d2l.factors import Factors, combine_chunks, map_tensors
+from d2l.factors import Factors, map_tensors
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
 from d2l.losses import cross_entropy, distillation, divergence, l1, mean_by_document
@@ -49,8 +49,8 @@ class MetaLearner(nn.Module):
             throughout, given their beginnings), or where questions are unrelated `divergence_loss`; where there is a
             teacher `teacher_loss`, where it counts `l1`.
         """
-        chunk_factors, adapted = self.adapters(batch)
-        return self._losses(batch, self._logits(batch, adapted), chunk_factors)
+        rows, adapted = self.adapters(batch)
+        return self._losses(batch, self._logits(batch, adapted), rows)
 
     def _logits(self, batch: TrainingBatch, adapted: Adapted) -> Tensor:
         """[answer tokens, vocabulary]: only where answers stand, for the head is by far the widest matrix."""
@@ -74,21 +74,22 @@ class MetaLearner(nn.Module):
         """Generate the adapters of a batch's documents.
 
         Returns:
-            The factors of each chunk, and a function from how many rows each document has, one after the other, to a
-            context in which the base model has its document's adapter in each row.
+            The rows of each chunk, and a function from how many questions each document has, one after the other, to a
+            context in which the base model has the document's adapter for each of them.
         """
         base, dtype = self._base[0], self._base[0].dtype
         mixed = torch.autocast(base.device.type, dtype) if dtype != torch.float32 else nullcontext()
         with mixed:
-            chunk_factors = self.hypernetwork(batch.chunks)
-        factors = map_tensors(combine_chunks(chunk_factors, batch.chunks_per_document), lambda t: t.to(dtype))
+            rows = self.hypernetwork(batch.chunks)
+            joined = self.hypernetwork.join(rows, batch.chunks_per_document)
+        factors = map_tensors(joined, lambda t: t.to(dtype))
         bias = map_tensors(self.hypernetwork.bias_factors() or {}, lambda t: t.to(dtype).unsqueeze(1))
         layers, scale = self.hypernetwork.layers, self.hypernetwork.config.scale
 
         @contextmanager
-        def adapted(rows: Sequence[int]) -> Iterator[None]:
-            documents = Rows(_owners(rows))
-            everywhere = Rows((0,) * sum(rows))
+        def adapted(questions: Sequence[int]) -> Iterator[None]:
+            documents = Rows(_owners(questions))
+            everywhere = Rows((0,) * sum(questions))
             # On CPUs, the backward pass of the flash kernel is slow for many short rows.
             attention = sdpa_kernel(SDPBackend.MATH) if base.device.type == "cpu" else nullcontext()
             own = inject(base, factors, documents, layers, scale)
@@ -96,9 +97,9 @@ class MetaLearner(nn.Module):
             with attention, own, shared:
                 yield
 
-        return chunk_factors, adapted
+        return rows, adapted
 
-    def _losses(self, batch: TrainingBatch, logits: Tensor, chunk_factors: Factors) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, batch: TrainingBatch, logits: Tensor, rows: Factors) -> tuple[Tensor, dict[str, Tensor]]:
         def mean(losses: Tensor) -> Tensor:
             return mean_by_document(losses, batch.answer_lengths, batch.questions)
 
@@ -119,7 +120,7 @@ class MetaLearner(nn.Module):
             metrics["teacher_loss"] = mean(distillation(logits, batch.teacher_log_probs, batch.teacher_ids))
             loss = loss + self.weights.teacher * metrics["teacher_loss"]
         if self.weights.l1:
-            metrics["l1"] = l1(chunk_factors)
+            metrics["l1"] = l1(rows)
             loss = loss + self.weights.l1 * metrics["l1"]
         return loss, {name: value.detach() for name, value in metrics.items()}
 

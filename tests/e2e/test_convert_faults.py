@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
 from d2l.adapter import COMMIT_MARK
 from d2l.base_model import BaseModel
@@ -100,8 +99,9 @@ def assert_same(root: str, undisturbed: str) -> None:
     assert marks(root) == len(set(expected.values()))
     for adapter_id in found.values():
         pair = [AdapterStore(store).get("default", adapter_id) for store in (root, undisturbed)]
-        updates = [b.mT @ a for a, b in (adapter.factors["down_proj"] for adapter in pair)]
-        torch.testing.assert_close(*updates, rtol=1e-4, atol=1e-5)
+        found_update, wanted = (b.mT @ a for a, b in (adapter.factors["down_proj"] for adapter in pair))
+        # By norm: after a restart a document has other neighbours in its batch, which changes how numbers are rounded.
+        assert (found_update - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 @pytest.mark.slow

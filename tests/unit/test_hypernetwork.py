@@ -40,7 +40,7 @@ def edit(path: Path, **changes: Any) -> None:
 @torch.no_grad()
 def test_untrained_it_is_exactly_the_identity(tiny_base: BaseModel, generator: str) -> None:
     hypernetwork = tiny_hypernetwork(tiny_base, generator, trained=False, target_modules=MODULES)
-    factors = hypernetwork(random_chunks(tiny_base, 9, 5, 7))
+    factors = hypernetwork.join(hypernetwork(random_chunks(tiny_base, 9, 5, 7)), [1, 1, 1])
     bias = {name: type(pair)(*(t.unsqueeze(1) for t in pair)) for name, pair in hypernetwork.bias_factors().items()}
     assert all(pair.a.any() and set(factors) == set(MODULES) for part in (factors, bias) for pair in part.values())
     ids = random_chunks(tiny_base, 6, 6, 6, seed=1).ids
@@ -48,7 +48,8 @@ def test_untrained_it_is_exactly_the_identity(tiny_base: BaseModel, generator: s
     with inject(tiny_base, factors, Rows((0, 1, 2)), scale=3.0), inject(tiny_base, bias, Rows((0, 0, 0)), scale=3.0):
         assert torch.equal(tiny_base.model(ids).logits, unadapted)
     trained = tiny_hypernetwork(tiny_base, generator, target_modules=MODULES)
-    with inject(tiny_base, trained(random_chunks(tiny_base, 9, 5, 7)), Rows((0, 1, 2)), scale=3.0):
+    changed = trained.join(trained(random_chunks(tiny_base, 9, 5, 7)), [1, 1, 1])
+    with inject(tiny_base, changed, Rows((0, 1, 2)), scale=3.0):
         assert not torch.allclose(tiny_base.model(ids).logits, unadapted, atol=1e-2)
 
 

@@ -63,7 +63,7 @@ def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: i
     ids = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
     batch = batch_chunks(ids, affixes, tiny_base.pad_id)
     features = hypernetwork.encoder(batch)
-    updates = delta(hypernetwork(batch))
+    updates = delta(hypernetwork.join(hypernetwork(batch), [1, 1, 1]))
     state = hypernetwork.generator.state_dict()
     for name in MODULES:
         assert updates[name].shape[:2] == (layers, 3)
@@ -94,13 +94,13 @@ def test_a_chunk_does_not_depend_on_its_neighbours(tiny_base: BaseModel, templat
         batch = batch_chunks([[7, 8, 9, 10, 11, 12], [9, 10, 11]], Affixes((), ()), tiny_base.pad_id)
     length = int(batch.mask[1].sum())
     alone = ChunkBatch(*(t[1:, :length] for t in (batch.ids, batch.content, batch.mask)))
-    together = {name: update[:, 1:] for name, update in delta(hypernetwork(batch)).items()}
-    torch.testing.assert_close(together, delta(hypernetwork(alone)), atol=1e-5, rtol=1e-5)
+    together = {name: update[:, 1:] for name, update in delta(hypernetwork.join(hypernetwork(batch), [1, 1])).items()}
+    torch.testing.assert_close(together, delta(hypernetwork.join(hypernetwork(alone), [1])), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_every_parameter(tiny_base: BaseModel) -> None:
     hypernetwork, ids = make(tiny_base), random_chunks(tiny_base, 6, 6, seed=1).ids
-    with inject(tiny_base, hypernetwork(random_chunks(tiny_base, 9, 5)), Rows((0, 1))):
+    with inject(tiny_base, hypernetwork.join(hypernetwork(random_chunks(tiny_base, 9, 5)), [1, 1]), Rows((0, 1))):
         tiny_base.model(ids, labels=ids).loss.backward()
     for name, parameter in hypernetwork.generator.named_parameters():
         assert parameter.grad is not None, name
@@ -115,7 +115,7 @@ def test_learns_from_the_identity(tiny_llama: BaseModel) -> None:
     answers = torch.tensor([17, 99])
     optimizer = torch.optim.AdamW(hypernetwork.parameters(), lr=5e-2)
     for _ in range(20):
-        with inject(tiny_llama, hypernetwork(batch), Rows((0, 1))):
+        with inject(tiny_llama, hypernetwork.join(hypernetwork(batch), [1, 1]), Rows((0, 1))):
             logits = tiny_llama.model(prompt).logits[:, -1]
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, answers).backward()
@@ -126,7 +126,7 @@ def test_learns_from_the_identity(tiny_llama: BaseModel) -> None:
 def test_a_chunk_of_one_token_and_equal_tokens_give_no_nan(tiny_llama: BaseModel) -> None:
     hypernetwork = make(tiny_llama)
     batch = batch_chunks([[7], [7, 7, 7]], Affixes((), ()), tiny_llama.pad_id)
-    factors = hypernetwork(batch)
+    factors = hypernetwork.join(hypernetwork(batch), [1, 1])
     sum(t.sum() for pair in factors.values() for t in pair).backward()
     assert all(t.isfinite().all() for pair in factors.values() for t in pair)
     assert all(p.grad.isfinite().all() for p in hypernetwork.parameters() if p.grad is not None)

@@ -1,0 +1,141 @@
+"""What a document's rows come to: their sum, or the ridge regression from keys to values.
+
+A generator writes rows for each chunk, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]. Where it has no
+strengths they are LoRA factors, and a document's update is the sum of their outer products. Where it has them, A are
+keys and B values, and the update of layer l is, with s = strengths[l],
+
+    delta W = (1 + s)/s argmin_W sum_t |W a_t - b_t|^2 + |W|^2 / s = (1 + s) B^T A (1 + s A^T A)^-1
+
+over the rows of all chunks together (s = 0 is the sum). So what a document says again and again is written once; were
+chunks regressed one by one and added up, it would be written as often as there are chunks that say it.
+
+The order of rows does not matter, and memory is bounded: beyond a document's first rows, moments A^T A and A^T B take
+their place, and give the same update.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from d2l.factors import Factors, LowRank, concat_ranks, rank_of
+
+Strengths = dict[str, Tensor]
+"""Target module -> s of each layer, [layers] float32."""
+_precision = threading.Lock()
+
+
+class Memory:
+    """One document's rows, and the update that they make."""
+
+    def __init__(self, strengths: Strengths | None, capacity: int):
+        """Start empty.
+
+        Args:
+            strengths: of the regression; None to add rows up.
+            capacity: so many rows are kept as they are, at most.
+        """
+        self._strengths, self._capacity = strengths, capacity
+        self._parts: list[Factors] = []
+        self._moments: dict[str, list[_Moments]] = {}
+
+    def add(self, rows: Factors) -> None:
+        """Take rows in, A [layers, r, d_in] and B [layers, r, d_out]."""
+        self._parts.append(rows)
+        if sum(map(rank_of, self._parts)) > self._capacity:
+            self._fold()
+
+    def factors(self) -> Factors:
+        """The update of all rows so far, in their dtype; their rank is that of the rows, d_out at most once folded."""
+        if not self._moments:
+            return regress(concat_ranks(self._parts), self._strengths)
+        self._fold()
+        return {
+            name: _as_factors(torch.stack([layer.update() for layer in layers]), layers[0].dtype)
+            for name, layers in self._moments.items()
+        }
+
+    def _fold(self) -> None:
+        """Put moments in the place of rows."""
+        for name, (a, b) in concat_ranks(self._parts).items() if self._parts else ():
+            if name not in self._moments:
+                strengths = self._strengths[name] if self._strengths else [None] * len(a)
+                self._moments[name] = [_Moments(s, a_l, b_l) for s, a_l, b_l in zip(strengths, a, b, strict=True)]
+            else:
+                for layer, a_l, b_l in zip(self._moments[name], a, b, strict=True):
+                    layer.add(a_l, b_l)
+        self._parts = []
+
+
+class _Moments:
+    """Of one layer's rows, A [r, d_in] and B [r, d_out]."""
+
+    def __init__(self, s: Tensor | None, a: Tensor, b: Tensor):
+        self._s, self.dtype = s, a.dtype
+        self._seen = None if s is None else _product(a.mT, a)
+        self._written = _product(a.mT, b)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        self._written += _product(a.mT, b)
+        if self._seen is not None:
+            self._seen += _product(a.mT, a)
+
+    def update(self) -> Tensor:
+        """[d_in, d_out] float32."""
+        if self._seen is None or self._s is None:
+            return self._written
+        return _solved(self._seen, self._written, self._s)
+
+
+def regress(rows: Factors, strengths: Strengths | None) -> Factors:
+    """The update of documents whose rows are all there, with gradients.
+
+    Args:
+        rows: A [layers, ..., R, d_in], B [layers, ..., R, d_out]; rows of zeros count for nothing.
+        strengths: of the regression; None where rows are factors already.
+
+    Returns:
+        Factors in the dtype of the rows. Their rank is R, or where that is more than d_in, d_out.
+    """
+    if strengths is None:
+        return rows
+    factors = {}
+    for name, (a, b) in rows.items():
+        pairs = [_regress(a_l, b_l, s) for a_l, b_l, s in zip(a, b, strengths[name], strict=True)]
+        factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
+    return factors
+
+
+def _regress(a: Tensor, b: Tensor, s: Tensor) -> LowRank:
+    """One layer's, by whichever of the two systems is the smaller."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.shape[-2] <= a.shape[-1]:
+            return LowRank(a, _solved(_product(a, a.mT), b.float(), s).to(b.dtype))
+        return _as_factors(_solved(_product(a.mT, a), _product(a.mT, b), s), a.dtype)
+
+
+def _solved(gram: Tensor, right: Tensor, s: Tensor) -> Tensor:
+    """(1 + s) (1 + s gram)^-1 right."""
+    system = s * gram
+    system.diagonal(dim1=-2, dim2=-1).add_(1)
+    # Not `cholesky`, which raises where there is a NaN: losses tell, and whoever checks them.
+    return (1 + s) * torch.cholesky_solve(right, torch.linalg.cholesky_ex(system).L)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32. Of bfloat16 matrices, CPUs get the same far sooner if they may take the numbers for what they are."""
+    if left.dtype != torch.bfloat16 or left.device.type != "cpu":
+        return left.float() @ right.float()
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _precision:  # the setting is the process's
+        before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        try:
+            return left.float() @ right.float()
+        finally:
+            setting.fp32_precision = before
+
+
+def _as_factors(update: Tensor, dtype: torch.dtype) -> LowRank:
+    """An update [..., d_in, d_out] as A = its transpose and B = 1."""
+    a = update.mT.to(dtype)
+    return LowRank(a, torch.eye(a.shape[-2], dtype=dtype, device=a.device).expand(*a.shape[:-1], a.shape[-2]))

@@ -1,0 +1,115 @@
+"""Memories: sums and regressions, the same by whatever way rows come in."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2l.factors import Factors, LowRank, map_tensors
+from d2l.memory import Memory, regress
+from tests.conftest import delta
+
+D_IN, D_OUT = 24, 10
+STRENGTHS = {"down_proj": torch.tensor([0.7, 0.0, 4.0])}
+
+
+def rows(count: int, seed: int = 0) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(3, count, width, generator=generator) for width in (D_IN, D_OUT))
+    return {"down_proj": LowRank(a / a.norm(dim=-1, keepdim=True), b)}
+
+
+def written(parts: list[Factors], strengths: dict[str, Tensor] | None, capacity: int) -> Tensor:
+    memory = Memory(strengths, capacity)
+    for part in parts:
+        memory.add(part)
+    return delta(memory.factors())["down_proj"]
+
+
+def split(whole: Factors, *lengths: int) -> list[Factors]:
+    a, b = (t.split(lengths, 1) for t in whole["down_proj"])
+    return [{"down_proj": LowRank(*pair)} for pair in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 7, D_IN, D_IN + 1, 90])
+def test_regression_solves_the_normal_equations(count: int) -> None:
+    whole = rows(count)
+    found = delta(regress(whole, STRENGTHS))["down_proj"]
+    for layer, s in enumerate(STRENGTHS["down_proj"].double()):
+        a, b = (t[layer].double() for t in whole["down_proj"])
+        expected = (1 + s) * b.mT @ a @ torch.linalg.inv(torch.eye(D_IN) + s * a.mT @ a)
+        torch.testing.assert_close(found[layer].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strengths", [STRENGTHS, None])
+@pytest.mark.parametrize("capacity", [1, 20, 40, 1000])
+def test_neither_parts_nor_order_nor_capacity_matter(strengths: dict[str, Tensor] | None, capacity: int) -> None:
+    whole = rows(70)
+    expected = delta(regress(whole, strengths))["down_proj"]
+    parts = split(whole, 3, 30, 1, 16, 20)
+    for order in (parts, parts[::-1], [whole]):
+        torch.testing.assert_close(written(order, strengths, capacity), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_strengths_outer_products_are_summed() -> None:
+    whole = rows(30)
+    assert regress(whole, None) is whole
+    a, b = whole["down_proj"]
+    torch.testing.assert_close(written([whole], None, 5), b.double().mT @ a.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_key_is_read_as_it_was_written_however_often() -> None:
+    """One key's value comes back as it was written once, and hardly larger after a hundred times."""
+    (key,), (value,) = (t[2] for t in rows(1)["down_proj"])
+    once, often = (
+        written([map_tensors(rows(1), lambda t, n=n: t.expand(3, n, -1))], STRENGTHS, 10)[2] @ key.double()
+        for n in (1, 100)
+    )
+    torch.testing.assert_close(once.float(), value)
+    torch.testing.assert_close(often.float(), value * 5 * 100 / 401)
+
+
+def test_rows_of_zeros_count_for_nothing() -> None:
+    for count in (5, 60):
+        padded = map_tensors(rows(count), lambda t: torch.nn.functional.pad(t, (0, 0, 0, 7)))
+        torch.testing.assert_close(
+            delta(regress(padded, STRENGTHS)), delta(regress(rows(count), STRENGTHS)), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("count", [5, 60])
+def test_gradients_are_the_update_s(count: int) -> None:
+    """By either of the two systems, also at s = 0."""
+    a, b = (t.double().requires_grad_() for t in rows(count)["down_proj"])
+    strengths = STRENGTHS["down_proj"].double().requires_grad_()
+
+    def update(a: Tensor, b: Tensor, strengths: Tensor) -> Tensor:
+        return delta(regress({"down_proj": LowRank(a, b)}, {"down_proj": strengths}))["down_proj"]
+
+    grads = torch.autograd.grad(update(a, b, strengths).square().sum(), (a, b, strengths))
+    s, eye = strengths.view(-1, 1, 1), torch.eye(D_IN, dtype=torch.float64)
+    expected = (1 + s) * b.mT @ a @ torch.linalg.inv(eye + s * a.mT @ a)
+    for found, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), (a, b, strengths)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_rank_and_dtype() -> None:
+    half = map_tensors(rows(60), lambda t: t.bfloat16())
+    memory = Memory(STRENGTHS, capacity=20)
+    memory.add(half)
+    for factors in (regress(half, STRENGTHS), memory.factors()):
+        assert {t.dtype for t in factors["down_proj"]} == {torch.bfloat16}
+        assert factors["down_proj"].a.shape == (3, D_OUT, D_IN)
+    assert regress(rows(9), STRENGTHS)["down_proj"].a.shape == (3, 9, D_IN)
+
+
+@pytest.mark.parametrize("count", [9, 60])
+def test_products_of_bfloat16_are_exact(count: int) -> None:
+    """And the setting that makes them fast does not outlast them."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    half = map_tensors(rows(count), lambda t: t.bfloat16())
+    memory = Memory(STRENGTHS, capacity=20)
+    memory.add(half)
+    expected = delta(regress(map_tensors(half, lambda t: t.float()), STRENGTHS))["down_proj"]
+    for factors in (regress(half, STRENGTHS), memory.factors()):
+        assert (delta(factors)["down_proj"] - expected).norm() < 5e-3 * expected.norm()  # its own rounding
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
