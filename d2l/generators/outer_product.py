@@ -84,8 +84,9 @@ class Generator(nn.Module):
     def strengths(self) -> Strengths:
         """S of each layer."""
         return {
-            name: torch.stack([writer.strength() for writer in writers])  # type: ignore[union-attr, operator]
+            name: torch.stack([writer.strength() for writer in writers])  # type: ignore[operator]
             for name, writers in self.writers.items()
+            if isinstance(writers, nn.ModuleList)
         }
 
 
