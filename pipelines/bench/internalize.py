@@ -47,13 +47,13 @@ def bench_internalize(config: BenchInternalizeConfig) -> dict[str, Any]:
         base.model(input_ids=batch.ids, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def generate_factors() -> None:
+    def write_rows() -> None:
         model.hypernetwork(batch)
 
     seconds = interleaved(
         {
             "internalize": lambda: model.internalizer([Document(text)]),
-            "factors": generate_factors,
+            "rows": write_rows,
             "encoder": lambda: model.hypernetwork.encoder(batch),
             "prefill": prefill,
         },
@@ -66,8 +66,8 @@ def bench_internalize(config: BenchInternalizeConfig) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "seconds": seconds["internalize"],
         "encoder_seconds": seconds["encoder"],
-        "generator_seconds": seconds["factors"] - seconds["encoder"],
-        "compression_seconds": seconds["internalize"] - seconds["factors"],
+        "generator_seconds": seconds["rows"] - seconds["encoder"],
+        "joining_and_compression_seconds": seconds["internalize"] - seconds["rows"],
         "prefill_seconds": seconds["prefill"],
         "ratio_to_encoder": seconds["internalize"] / seconds["encoder"],
         "ratio_to_prefill": seconds["internalize"] / seconds["prefill"],

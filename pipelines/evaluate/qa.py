@@ -138,7 +138,8 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
         if batches:
             cluster.connect()
             _run(config, batches, len(exams), done, log)
-        trials = list(log.read())
+        places = {(exam.group, exam.number): place for place, exam in enumerate(exams)}
+        trials = sorted(log.read(), key=lambda trial: places[trial.group, trial.number])  # answers came in any order
         found, differences = scores(trials, config.rows)
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
         result = qa_report.write(folder, found, differences, about | {"devices": sorted({t.device for t in trials})})
