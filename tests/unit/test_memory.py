@@ -102,6 +102,15 @@ def test_rank_and_dtype() -> None:
     assert regress(rows(9), STRENGTHS)["down_proj"].a.shape == (3, 9, D_IN)
 
 
+@pytest.mark.parametrize("strengths", [STRENGTHS, None])
+def test_moments_take_the_place_of_rows_beyond_the_capacity(strengths: dict[str, Tensor] | None) -> None:
+    """Else the rank would be the number of rows."""
+    for capacity, rank in ((20, 20), (19, D_OUT)):
+        memory = Memory(strengths, capacity)
+        memory.add(rows(20))
+        assert memory.factors()["down_proj"].a.shape == (3, rank, D_IN)
+
+
 @pytest.mark.parametrize("count", [9, 60])
 def test_products_of_bfloat16_are_exact(count: int) -> None:
     """And the setting that makes them fast does not outlast them."""
