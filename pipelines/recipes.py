@@ -169,17 +169,16 @@ def qa() -> Recipe:
     a hypernetwork that finds needles (`--init-from`), which learns facts several times faster.
     """
     keyed, prose = 0.6, 0.5
-    repeat = Share(RepeatTask(max_tokens=128), 0.15)
     easy = (
         Share(FactsTask(max_facts=4, sentences=0.2), 0.6),
         Share(NeedleTask(60, 256, keyed, prose=prose), 0.25),
-        repeat,
+        Share(RepeatTask(max_tokens=128), 0.15),
     )
     mixed = (
-        Share(QuestionsTask(max_document_tokens=512), 0.35, unrelated=0.15),
-        Share(FactsTask(max_facts=16, sentences=0.2), 0.3, unrelated=0.1),
+        Share(QuestionsTask(max_document_tokens=512), 0.38, unrelated=0.15),
+        Share(FactsTask(max_facts=16, sentences=0.2), 0.37, unrelated=0.1),
         Share(NeedleTask(60, 400, keyed, prose=prose), 0.2),
-        repeat,
+        Share(RepeatTask(max_tokens=128), 0.05),
     )
     long = (
         Share(NeedleTask(256, 3072, keyed, prose=prose), 0.6),

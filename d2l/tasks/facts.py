@@ -3,8 +3,8 @@
 The step between copying (the needle) and reading: biographies, product sheets, companies, policies and buildings, as
 prose or as records, about one or many entities; a question asks for one attribute of one entity. Everything follows
 from the seed. Held-out documents use names, phrasings of facts and phrasings of questions that no other document has.
-The words are in `facts.json`. Of every list of names and phrasings there the last fifth, one at least, is held out: so
-what is alike does not stand at both ends of one.
+The words are in `facts.json`. Of every list of names there the last fifth is held out, of every list of phrasings the
+last one: so what is alike does not stand at both ends of one.
 """
 
 import random
@@ -20,7 +20,7 @@ from d2l.tasks.sample import Sample
 INSTRUCTION = "Answer in a few words."
 MAX_FACTS = 64
 _HELD_OUT = 5
-"""One in so many is held out."""
+"""One name in so many is held out."""
 _NUMBERS = {
     "year": (1850, 2019, "{}"),
     "days": (2, 120, "{} days"),
@@ -118,7 +118,8 @@ def _entities(kind: _Kind, config: FactsConfig, rng: random.Random) -> list[list
     sizes = [1] * count
     for _ in range(config.facts - count):
         sizes[rng.choice([i for i, size in enumerate(sizes) if size < most])] += 1
-    firsts, lasts = (_side(_vocabulary().words[name], config.held_out) for name in kind.names)
+    lists = (_vocabulary().words[name] for name in kind.names)
+    firsts, lasts = (_side(words, len(words) // _HELD_OUT, config.held_out) for words in lists)
     names = [kind.name.format(first, rng.choice(lasts)) for first in rng.sample(firsts, count)]
     used: set[str] = set()
     entities = []
@@ -162,7 +163,7 @@ def _record(facts: Sequence[_Fact]) -> str:
 def _prose(kind: _Kind, facts: Sequence[_Fact], config: FactsConfig, rng: random.Random) -> str:
     sentences = []
     for number, fact in enumerate(facts):
-        phrasing = rng.choice(_side(fact.attribute.statements, config.held_out))
+        phrasing = rng.choice(_side(fact.attribute.statements, 1, config.held_out))
         again = number > 0 and rng.random() < 0.7
         name = rng.choice(kind.again).format(fact.entity.split()[-1]) if again else fact.entity
         sentences.append(_sentence(phrasing, name, fact.value))
@@ -170,7 +171,7 @@ def _prose(kind: _Kind, facts: Sequence[_Fact], config: FactsConfig, rng: random
 
 
 def _asked(fact: _Fact, config: FactsConfig, rng: random.Random) -> tuple[str, str]:
-    question = rng.choice(_side(fact.attribute.questions, config.held_out)).format(name=fact.entity)
+    question = rng.choice(_side(fact.attribute.questions, 1, config.held_out)).format(name=fact.entity)
     if rng.random() >= config.sentences:
         return f"{question} {INSTRUCTION}", fact.value
     return question, _sentence(fact.attribute.statements[0], fact.entity, fact.value)
@@ -181,9 +182,8 @@ def _sentence(phrasing: str, name: str, value: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _side(words: Sequence[str], held_out: bool) -> Sequence[str]:
-    """The part of a list that is for evaluation, or the rest of it."""
-    kept = max(1, len(words) // _HELD_OUT)
+def _side(words: Sequence[str], kept: int, held_out: bool) -> Sequence[str]:
+    """The part of a list that is kept for evaluation, or the rest of it."""
     return words[-kept:] if held_out else words[:-kept]
 
 
