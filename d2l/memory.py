@@ -56,14 +56,15 @@ class Memory:
         }
 
     def _fold(self) -> None:
-        """Put moments in the place of rows."""
-        for name, (a, b) in concat_ranks(self._parts).items() if self._parts else ():
-            if name not in self._moments:
-                strengths = self._strengths[name] if self._strengths else [None] * len(a)
-                self._moments[name] = [_Moments(s, a_l, b_l) for s, a_l, b_l in zip(strengths, a, b, strict=True)]
-            else:
-                for layer, a_l, b_l in zip(self._moments[name], a, b, strict=True):
-                    layer.add(a_l, b_l)
+        """Put moments in the place of rows; a layer at a time, for a copy of all rows is memory that is always new."""
+        for name, pair in self._parts[0].items() if self._parts else ():
+            moments = self._moments.setdefault(name, [])
+            for layer, s in enumerate(self._strengths[name] if self._strengths else [None] * len(pair.a)):
+                a, b = (torch.cat([part[name][side][layer] for part in self._parts]) for side in (0, 1))
+                if layer < len(moments):
+                    moments[layer].add(a, b)
+                else:
+                    moments.append(_Moments(s, a, b))
         self._parts = []
 
 

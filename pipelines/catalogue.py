@@ -7,11 +7,11 @@ from datetime import timedelta
 from itertools import islice
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from d2l import vacuum as store_vacuum
 from d2l.catalogue import Catalogue, Event
+from d2l.embedding import Embedding
 from d2l.errors import UserError
 from d2l.store import AdapterStore
 from pipelines.cli import show as print_all
@@ -171,9 +171,9 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
             f"{config.hypernetwork}: made no adapter of these documents; `d2l catalogue history` tells which did"
         )
     if not config.dry_run:
-        vectors = _vectors(catalogue, config.tenant, {now.embedding_model for now, _ in moves} - {""})
+        embeddings = _embeddings(catalogue, config.tenant, {now.embedding_model for now, _ in moves} - {""})
         for start in range(0, len(moves), _COMMIT):
-            catalogue.append([_again(*move, vectors) for move in moves[start : start + _COMMIT]])
+            catalogue.append([_again(*move, embeddings) for move in moves[start : start + _COMMIT]])
     return {
         "promoted": len(moves),
         "were_current": len(chosen) - len(other),
@@ -213,21 +213,25 @@ def print_report(report: dict[str, Any]) -> None:
     print_all(report)
 
 
-def _vectors(catalogue: Catalogue, tenant: str, models: set[str]) -> dict[str, np.ndarray]:
+def _embeddings(catalogue: Catalogue, tenant: str, models: set[str]) -> dict[str, Embedding]:
     """Document id -> embedding of its current text, by whichever of the models made it."""
-    vectors: dict[str, np.ndarray] = {}
+    embeddings: dict[str, Embedding] = {}
     for model in models:
-        events, found = catalogue.embeddings(tenant, model)
-        vectors |= {event.doc_id: vector for event, vector in zip(events, found, strict=True)}
-    return vectors
+        events, vectors, terms = catalogue.embeddings(tenant, model)
+        for number, event in enumerate(events):
+            own = slice(*terms.indptr[number : number + 2])
+            counts = dict(zip(terms.indices[own].tolist(), terms.data[own].tolist(), strict=True))
+            embeddings[event.doc_id] = Embedding(vectors[number].tolist(), counts)
+    return embeddings
 
 
-def _again(now: Event, then: Event, vectors: dict[str, np.ndarray]) -> Event:
+def _again(now: Event, then: Event, embeddings: dict[str, Embedding]) -> Event:
     """An event that makes an earlier adapter current, with the embedding of the present one: the text is the same."""
-    vector = vectors.get(now.doc_id)
+    about = embeddings.get(now.doc_id)
     return dataclasses.replace(
         then,
-        embedding=None if vector is None else vector.tolist(),
+        embedding=about.vector if about else None,
+        terms=about.terms if about else None,
         embedding_model=now.embedding_model,
         source_uri=now.source_uri,
         created_at=now.created_at + timedelta(microseconds=1),  # what has happened since then goes before this
@@ -242,7 +246,7 @@ def _confirm(warning: str) -> None:
 
 
 def _row(event: Event) -> dict[str, Any]:
-    """What can be shown of an event: all but its embedding."""
+    """What can be shown of an event: all but what it is about, in numbers."""
     row = dataclasses.asdict(event) | {"created_at": f"{event.created_at:%Y-%m-%d %H:%M:%S} UTC"}
-    del row["embedding"]
+    del row["embedding"], row["terms"]
     return row

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import urllib.request
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,7 +294,19 @@ def _check_port(config: ServeConfig) -> None:
         raise UserError(f"{where}: cannot listen there ({error.strerror}); give another --port") from None
 
 
+def _answers(config: ServeConfig) -> bool:
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    with suppress(OSError), urllib.request.urlopen(f"http://{host}:{config.port}/-/healthz", timeout=10):
+        return True
+    return False
+
+
 def _greeting(config: ServeConfig) -> str:
+    if not _answers(config):
+        return (
+            f"Serving {config.base} with the adapters of {config.store}, but nothing answers at {config.url}: "
+            "Serve ran on this Ray cluster before, at an address of its own, or its proxies are on other machines."
+        )
     body = f'{{"model": "{config.alias}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return (
         f"Serving {config.base} with the adapters of {config.store} at {config.url}\n"

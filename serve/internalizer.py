@@ -18,7 +18,7 @@ from ray.util.metrics import Histogram
 from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
 from d2l.catalogue import Event
-from d2l.embedding import Embedder, EmbeddingModel
+from d2l.embedding import Embedder, Embedding, EmbeddingModel
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import Document
@@ -108,7 +108,7 @@ class Internalizer:
                 size = await asyncio.to_thread(self._store.put, work.tenant, target, adapter)
         except UserError as error:
             raise storage_error(error) from error
-        vector = await self._vector(work)
+        about = await self._embedding(work)
         origin = adapter.provenance
         return Event(
             work.tenant,
@@ -122,7 +122,8 @@ class Internalizer:
             bytes=size,
             hypernetwork=origin.hypernetwork,
             base=origin.base_model,
-            embedding=vector,
+            embedding=about.vector if about else None,
+            terms=about.terms if about else None,
             embedding_model=self._embedder.name if self._embedder else "",
         )
 
@@ -141,12 +142,12 @@ class Internalizer:
             raise storage_error(error) from error
         return None
 
-    async def _vector(self, work: Internalization) -> list[float] | None:
+    async def _embedding(self, work: Internalization) -> Embedding | None:
         if self._embedder is None:
             return None
         with self._timed("embed"):
             async with self._computing:
-                return (await asyncio.to_thread(self._embedder, [work.text]))[0].tolist()
+                return (await asyncio.to_thread(self._embedder, [work.text]))[0]
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
     async def _together(self, jobs: list["_Job"]) -> list[Adapter | UserError]:

@@ -1,7 +1,7 @@
 """The selector deployment: which of a tenant's documents a question is about, for the model name `base:auto`.
 
-Question and documents are compared by the cosine of their embeddings, which conversion and uploads write into the
-catalogue. A tenant's embeddings are read from the table when it asks first, and again after its documents have changed.
+Question and documents are compared by their embeddings and tokens (`d2l.ranking`), which conversion and uploads write
+into the catalogue. A tenant's are read from the table when it asks first, and again after its documents have changed.
 """
 
 import asyncio
@@ -12,8 +12,9 @@ import numpy as np
 from ray import serve
 
 from d2l.catalogue import Catalogue, Event
-from d2l.embedding import Embedder, EmbeddingModel
+from d2l.embedding import Embedder, Embedding, EmbeddingModel
 from d2l.errors import UserError
+from d2l.ranking import Ranking
 from serve.errors import storage_error
 
 _TAIL_S = 1.0
@@ -44,7 +45,7 @@ class Selector:
     async def __init__(self, store: str, embedding: str):
         self._embedder = await asyncio.to_thread(Embedder, EmbeddingModel.of(embedding))
         self._catalogue = await asyncio.to_thread(Catalogue, store)
-        self._indexes: dict[str, tuple[list[Event], np.ndarray]] = {}
+        self._indexes: dict[str, tuple[list[Event], Ranking | None]] = {}
         self._using_table = asyncio.Lock()
         self._tailing = asyncio.create_task(self._tail())
 
@@ -54,12 +55,12 @@ class Selector:
         Raises:
             ApiError: the storage fails.
         """
-        events, vectors_ND = await self._index(tenant)
-        if not events:
+        events, ranking = await self._index(tenant)
+        if ranking is None:
             return None
-        similarities_N = vectors_ND @ await self._embed(question)
-        best = int(similarities_N.argmax())
-        return Choice(events[best].doc_id, events[best].version, float(similarities_N[best]))
+        asked = await self._embed(question)
+        best, similarity = ranking.best(np.array(asked.vector, np.float32), asked.terms)
+        return Choice(events[best].doc_id, events[best].version, similarity)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
@@ -67,21 +68,24 @@ class Selector:
             raise RuntimeError("the catalogue is not followed any more")
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
-    async def _embed(self, questions: list[str]) -> list[np.ndarray]:
-        return list((await asyncio.to_thread(self._embedder, questions)).numpy())
+    async def _embed(self, questions: list[str]) -> list[Embedding]:
+        return await asyncio.to_thread(self._embedder, questions)
 
-    async def _index(self, tenant: str) -> tuple[list[Event], np.ndarray]:
-        """The tenant's documents, and their vectors [documents, width]."""
+    async def _index(self, tenant: str) -> tuple[list[Event], Ranking | None]:
+        """The tenant's documents, ready to be asked about; None where there are none."""
         if found := self._indexes.get(tenant):
             return found
         async with self._using_table:
             if tenant not in self._indexes:
                 try:
-                    read = await asyncio.to_thread(self._catalogue.embeddings, tenant, self._embedder.name)
+                    self._indexes[tenant] = await asyncio.to_thread(self._read, tenant)
                 except UserError as error:
                     raise storage_error(error) from error
-                self._indexes[tenant] = read
             return self._indexes[tenant]
+
+    def _read(self, tenant: str) -> tuple[list[Event], Ranking | None]:
+        events, vectors_ND, terms_NT = self._catalogue.embeddings(tenant, self._embedder.name)
+        return events, Ranking(vectors_ND, terms_NT) if events else None
 
     async def _tail(self) -> None:
         while True:

@@ -266,14 +266,12 @@ class Converter:
         wanted = list({row["adapter_id"]: None for row in results if row["event"] in ("ready", EMBEDDED)})
         if not wanted or self.embedder is None:
             return results
-        vectors = dict(zip(wanted, self.embedder([texts[name] for name in wanted]).tolist(), strict=True))
         model = self.embedder.name
-        return [
-            row | {"embedding": vectors[row["adapter_id"]], "embedding_model": model}
-            if row["adapter_id"] in vectors
-            else row
-            for row in results
-        ]
+        made = {
+            name: {"embedding": found.vector, "terms": found.terms, "embedding_model": model}
+            for name, found in zip(wanted, self.embedder([texts[name] for name in wanted]), strict=True)
+        }
+        return [row | made.get(row["adapter_id"], {}) for row in results]
 
     def _look(self, work: "_Work") -> Row | None:
         """The result of a document whose adapter is in the store already, or that the store fails."""

@@ -62,7 +62,7 @@ class Journal:
         current = self._catalogue.resolve(row["tenant"], row["doc_id"])
         if current is None or current.adapter_id != row["adapter_id"]:  # it was deleted or changed meanwhile
             return None
-        made = {"embedding": row["embedding"], "embedding_model": row["embedding_model"]}
+        made = {name: row[name] for name in ("embedding", "terms", "embedding_model")}
         # Later than what it adds to even if the clock of who wrote that is ahead of this one.
         now = max(datetime.now(UTC), current.created_at + timedelta(microseconds=1))
         return dataclasses.replace(current, **made, created_at=now)

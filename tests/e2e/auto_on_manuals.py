@@ -9,15 +9,19 @@ something else. Prints one JSON object.
 
 import json
 import random
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
+from d2l.catalogue import Catalogue, Event
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
+from d2l.ranking import Ranking
 from serve.app import ServeConfig
 
 _QUESTIONS = Path(__file__).with_name("manual_questions.jsonl")
@@ -46,18 +50,32 @@ def main(config: Config) -> dict[str, Any]:
     rest = random.Random(0).sample(others := [title for title in pages if title not in titles], len(others))
     kept = titles + rest[: max(0, (config.pages or len(pages)) - len(titles))]
     embedder = Embedder(EmbeddingModel.of(config.embedding))
-    vectors_ND = embedder([pages[title] for title in kept])
+    with tempfile.TemporaryDirectory() as root:
+        catalogue = Catalogue(root)
+        made = {"event": "ready", "embedding_model": embedder.name}
+        catalogue.append(
+            [
+                Event("default", f"{number}", "", **made, **embedder([pages[title]])[0]._asdict())
+                for number, title in enumerate(kept)
+            ]
+        )
+        events, *index = catalogue.embeddings("default", embedder.name)
+    ranking = Ranking(*index)
+
+    def choose(questions: list[str]) -> list[tuple[str, float]]:
+        best = [ranking.best(np.array(asked.vector, np.float32), asked.terms) for asked in embedder(questions)]
+        return [(kept[int(events[number].doc_id)], cosine) for number, cosine in best]
+
     elsewhere = pc.unique(pq.read_table(config.others, columns=["question"])["question"]).to_pylist()
-    cosines, nearest = (embedder([row["question"] for row in asked]) @ vectors_ND.T).max(1)
-    unrelated = (embedder(random.Random(0).sample(elsewhere, len(asked))) @ vectors_ND.T).amax(1)
-    chosen = [kept[number] for number in nearest.tolist()]
-    sure = (cosines >= ServeConfig.min_similarity).tolist()
+    least = ServeConfig.min_similarity
+    chosen = choose([row["question"] for row in asked])
+    unrelated = choose(random.Random(0).sample(elsewhere, len(asked)))
     return {
         "pages": len(kept),
         "questions": len(asked),
-        "right": sum(page == title and s for page, title, s in zip(chosen, titles, sure, strict=True)),
-        "unrelated_to_the_base": int((unrelated < ServeConfig.min_similarity).sum()),
-        "wrong": [f"{title}: {page}" for page, title in zip(chosen, titles, strict=True) if page != title],
+        "right": sum(page == title and cosine >= least for (page, cosine), title in zip(chosen, titles, strict=True)),
+        "unrelated_to_the_base": sum(cosine < least for _, cosine in unrelated),
+        "wrong": [f"{title}: {page}" for (page, _), title in zip(chosen, titles, strict=True) if page != title],
     }
 
 

@@ -238,10 +238,11 @@ def test_embeddings(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
     unchanged = {"created_at": after.created_at, "embedding_model": after.embedding_model}
     assert dataclasses.replace(before, **unchanged) == after  # type: ignore[arg-type]
     embedder = Embedder(EmbeddingModel.of(BUNDLED))
-    events, vectors = catalogue.embeddings(tenant, embedder.name)
+    events, vectors, terms = catalogue.embeddings(tenant, embedder.name)
     expected = embedder([(docs / event.doc_id).read_text() for event in events])
     assert {event.doc_id for event in events} == {*TEXTS, "twin.md"}
-    torch.testing.assert_close(torch.tensor(vectors), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(vectors), torch.tensor([e.vector for e in expected]), atol=1e-4, rtol=0)
+    assert terms.sum(1).tolist() == [sum(e.terms.values()) for e in expected]
     result = run([docs], s3_bucket, hypernetwork, embedding=BUNDLED)
     assert (*summary(result), result["embedded"]) == (4, 0, 4, 0, 0)
     assert result["catalogue_version"] == catalogue.version

@@ -142,29 +142,37 @@ def test_compaction_changes_nothing(tmp_path: Path) -> None:
 
 def test_embeddings_are_the_current_documents_of_one_tenant_and_one_model(root: str) -> None:
     def made(doc_id: str, second: int, *vector: float, model: str = "m@1", **fields: Any) -> Event:
-        return event(second=second, doc_id=doc_id, embedding=list(vector), embedding_model=model, **fields)
+        made = {"embedding": list(vector), "terms": {7: second, ord(doc_id): 2}, "embedding_model": model}
+        return event(second=second, doc_id=doc_id, **made, **fields)
 
     catalogue = Catalogue(root)
-    events, vectors = catalogue.embeddings("acme", "m@1")
-    assert (events, len(vectors)) == ([], 0)
+    events, vectors, terms = catalogue.embeddings("acme", "m@1")
+    assert (events, len(vectors), terms.shape) == ([], 0, (0, 0))
     catalogue.append([made("a", 0, 1, 0), made("b", 0, 0, 1), made("c", 0, 1, 0), made("d", 0, 1, 0), event()])
     catalogue.append([made("a", 1, 0, -1, version="v2"), made("e", 1, 1, 0, tenant="rival")])
     catalogue.append([event("deleted", doc_id="c", second=2), made("d", 2, 1, 0, 0, model="m@2")])
-    events, vectors = catalogue.embeddings("acme", "m@1")
+    events, vectors, terms = catalogue.embeddings("acme", "m@1")
     assert {e.doc_id: v.tolist() for e, v in zip(events, vectors, strict=True)} == {"a": [0, -1], "b": [0, 1]}
     assert events[0] == catalogue.resolve("acme", events[0].doc_id)
     assert vectors.dtype == "float32"
+    words = {
+        e.doc_id: dict(zip(row.indices.tolist(), row.data.tolist(), strict=True))
+        for e, row in zip(events, (terms[[n]] for n in range(len(events))), strict=True)
+    }
+    assert words == {"a": {7: 1, ord("a"): 2}, "b": {7: 0, ord("b"): 2}}
+    assert catalogue.history("acme", "b")[0].terms == words["b"]
 
 
-def test_tables_without_the_column_of_embedding_models_are_read_and_widened(root: str) -> None:
-    storage, old = Storage(root), catalogue_module.SCHEMA.remove(catalogue_module.SCHEMA.names.index("embedding_model"))
+@pytest.mark.parametrize("absent", [["terms"], ["terms", "embedding_model"]])
+def test_tables_without_newer_columns_are_read_and_widened(root: str, absent: list[str]) -> None:
+    storage, old = Storage(root), pa.schema([field for field in catalogue_module.SCHEMA if field.name not in absent])
     row = {name: getattr(event(), name) for name in old.names}
     options = storage.delta_options()
     write_deltalake(storage.url("catalogue"), pa.Table.from_pylist([row], old), storage_options=options)
     reader, writers = Catalogue(root), [Catalogue(root), Catalogue(root)]
     assert reader.resolve("acme", "manual") == event()
     for number, writer in enumerate(writers):
-        writer.append([event(doc_id=f"new{number}", embedding=[1.0], embedding_model="m@1")])
+        writer.append([event(doc_id=f"new{number}", embedding=[1.0], terms={3: 1}, embedding_model="m@1")])
     reader.refresh()
     assert len(versions(reader)) == 3
     assert reader.history("acme", "manual") == [event()]

@@ -91,7 +91,7 @@ def test_history(d2l: Any) -> None:
 def test_promote(d2l: Any, store: str) -> None:
     old, new = "f" * 16, "e" * 16
     catalogue = Catalogue(store)
-    vector = {"embedding": [0.5, 0.5], "embedding_model": "m@1"}
+    vector = {"embedding": [0.5, 0.5], "terms": {5: 3}, "embedding_model": "m@1"}
     catalogue.append([Event("default", "a", V2, "ready", digest(5), hypernetwork=new, **vector)])  # type: ignore[arg-type]
     catalogue.append([Event("default", "new", V1, "ready", digest(6), hypernetwork=new)])
     told = d2l("promote", old, "--dry-run")
@@ -103,8 +103,9 @@ def test_promote(d2l: Any, store: str) -> None:
     assert d2l("show", "a")["adapter_id"] == digest(5)
     d2l("promote", old)
     assert (d2l("show", "a")["adapter_id"], d2l("show", "new")["adapter_id"]) == (digest(2), digest(6))
-    events, [found] = Catalogue(store).embeddings("default", "m@1")
+    events, [found], terms = Catalogue(store).embeddings("default", "m@1")
     assert ([e.adapter_id for e in events], found.tolist()) == ([digest(2)], [0.5, 0.5])
+    assert (terms.indices.tolist(), terms.data.tolist()) == ([5], [3])
     assert d2l("promote", old)["promoted"] == 0
     assert d2l("promote", new, "--documents", "a")["promoted"] == 1
     assert d2l("show", "a")["adapter_id"] == digest(5)

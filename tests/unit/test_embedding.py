@@ -23,19 +23,24 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(EmbeddingModel.of(BUNDLED).folder, tmp_path / "small"))
 
 
+def vectors(embedder: Embedder, texts: list[str]) -> torch.Tensor:
+    return torch.tensor([found.vector for found in embedder(texts)])
+
+
 def write(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_a_question_is_nearest_to_the_document_that_answers_it(embedder: Embedder) -> None:
-    documents = embedder(
+    documents = vectors(
+        embedder,
         [
             "VACUUM reclaims storage occupied by dead tuples of a table.",
             "Lists might be used as stacks: the last element added is the first one retrieved.",
             "Preheat the oven, whisk the eggs and fold in the flour.",
-        ]
+        ],
     )
-    questions = embedder(["How do I get disk space back from my database?", "What do I need for a cake?"])
+    questions = vectors(embedder, ["How do I get disk space back from my database?", "What do I need for a cake?"])
     assert (questions @ documents.T).argmax(1).tolist() == [0, 2]
     torch.testing.assert_close(documents.norm(dim=-1), torch.ones(3))
     assert documents.shape == (3, 384)
@@ -44,11 +49,20 @@ def test_a_question_is_nearest_to_the_document_that_answers_it(embedder: Embedde
 def test_a_long_text_is_the_mean_of_its_chunks_whatever_its_neighbours(embedder: Embedder) -> None:
     # 508 tokens of a word each: two chunks of 254, the model's 256 with the special tokens
     parts = [" ".join([word] * 254) for word in ("harbour", "oven")]
-    vectors = embedder(["short", *parts, " ".join(parts), "\u200b", "[SEP]"])
-    mean = torch.nn.functional.normalize(vectors[1] + vectors[2], dim=-1)
-    torch.testing.assert_close(vectors[3], mean, atol=1e-5, rtol=0)
-    torch.testing.assert_close(vectors[0], embedder(["short"])[0], atol=1e-5, rtol=0)
-    assert vectors.isfinite().all()
+    found = vectors(embedder, ["short", *parts, " ".join(parts), "\u200b", "[SEP]"])
+    mean = torch.nn.functional.normalize(found[1] + found[2], dim=-1)
+    torch.testing.assert_close(found[3], mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0], vectors(embedder, ["short"])[0], atol=1e-5, rtol=0)
+    assert found.isfinite().all()
+
+
+def test_terms_are_a_texts_commonest_tokens(embedder: Embedder) -> None:
+    few, none, many = embedder(["oven oven harbour", "", " ".join(map(str, range(10_000))) + " oven" * 100])
+    assert sorted(few.terms.values()) == [1, 2]
+    assert none.terms == {}
+    assert len(many.terms) == 1024
+    oven = max(few.terms, key=lambda term: few.terms[term])
+    assert many.terms[oven] == 100
 
 
 def test_it_is_what_the_models_authors_say(embedder: Embedder) -> None:
@@ -57,7 +71,7 @@ def test_it_is_what_the_models_authors_say(embedder: Embedder) -> None:
     inputs = AutoTokenizer.from_pretrained(model.folder)(["A text."], return_tensors="pt")
     with torch.no_grad():
         hidden = embedder._model(**inputs).last_hidden_state
-    torch.testing.assert_close(embedder(["A text."]), torch.nn.functional.normalize(hidden.mean(1), dim=-1))
+    torch.testing.assert_close(vectors(embedder, ["A text."]), torch.nn.functional.normalize(hidden.mean(1), dim=-1))
 
 
 def test_names_tell_models_apart(folder: Path, embedder: Embedder) -> None:
@@ -75,9 +89,9 @@ def test_names_tell_models_apart(folder: Path, embedder: Embedder) -> None:
 def test_pooling_by_the_first_token(folder: Path, embedder: Embedder) -> None:
     modes = {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
     write(folder / "1_Pooling/config.json", **modes)
-    other = Embedder(EmbeddingModel.of(str(folder)))(["A text."])
+    other = vectors(Embedder(EmbeddingModel.of(str(folder))), ["A text."])
     torch.testing.assert_close(other.norm(dim=-1), torch.ones(1))
-    assert not torch.allclose(other, embedder(["A text."]), atol=0.01)
+    assert not torch.allclose(other, vectors(embedder, ["A text."]), atol=0.01)
 
 
 @pytest.mark.parametrize(
