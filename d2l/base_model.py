@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ _ARCHITECTURE_FIELDS = str.split(
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim vocab_size tie_word_embeddings hidden_act"
 )
+_DAY = date(2024, 7, 26)
+"""That of Llama 3's template where nobody says another."""
 _PROBE_TEXT = "Digits 1234567, naïve café, code_like(x) == 3.14;\n\tEnd — 終わり 🙂"
 
 
@@ -146,14 +149,50 @@ class BaseModel:
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         return sorted({*ids, self.tokenizer.eos_token_id} - {None})
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's, of last hidden states [tokens, d] after the final norm: [tokens, vocabulary]."""
+        config = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(hidden)
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of a token at most: a text has at least its own bytes by this tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """See the function `prompt_ids`."""
         return prompt_ids(self.tokenizer, messages)
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """A conversation in the chat template.
+
+    Templates that write the date get the same one for ever: else adapters and digests would hold for a day.
+
+    Raises:
+        UserError: there is no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path}: has no chat template; take a base model made for conversation")
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return str(tokenizer.apply_chat_template(messages, strftime_now=_DAY.strftime, **options))
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation in the chat template, up to where the assistant answers."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The tokens of a conversation in the chat template, up to where the assistant answers.
+
+    Raises:
+        UserError: there is no chat template.
+    """
+    text = chat_text(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -251,9 +290,7 @@ def _digests(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folde
     words = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "probe": tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"],
-        "chat": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        if tokenizer.chat_template
-        else None,
+        "chat": chat_text(tokenizer, chat, add_generation_prompt=True) if tokenizer.chat_template else None,
     }
     return Digests(_hash(sizes), _hash(words), weights_digest(folder))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from d2l.base_model import chat_text
 from d2l.errors import UserError
 
 _SENTINEL = "\u2063document\u2063"
@@ -70,7 +71,7 @@ class Affixes:
         if not tokenizer.chat_template:
             return cls((), ())
         turn = [{"role": "user", "content": _SENTINEL}]
-        before, after = str(tokenizer.apply_chat_template(turn, tokenize=False)).split(_SENTINEL)
+        before, after = chat_text(tokenizer, turn).split(_SENTINEL)
         ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
         return cls(*ids)
 

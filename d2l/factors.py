@@ -42,6 +42,12 @@ def concat_ranks(parts: Sequence[Factors]) -> Factors:
     return _join(parts, lambda tensors: torch.cat(tensors, -2))
 
 
+def level(factors: Factors) -> Factors:
+    """The same updates, all modules of the largest one's rank: rows of zeros fill the others."""
+    rank = max((pair.a.shape[-2] for pair in factors.values()), default=0)
+    return map_tensors(factors, lambda t: pad(t, (0, 0, 0, rank - t.shape[-2])))
+
+
 def stack(parts: Sequence[Factors]) -> Factors:
     """Factors [layers, rank, .] as one batch [layers, parts, rank, .]: zero rows fill ranks up to the largest."""
     rank = max(map(rank_of, parts))

@@ -32,8 +32,9 @@ class InternalizeConfig:
     """Rows of an adapter at most, bias included."""
     batch_tokens: int = 4096
     """Tokens of one encoder batch at most, padding and affixes included; a single chunk may exceed it."""
-    gathered_rows: int = 2048
-    """Rows of a document that are kept at most, before moments take their place."""
+    gathered_rows: int | None = None
+    """Rows of a document that are kept at most, before moments take their place; by default as many as take no more
+    memory than these do."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Internalizer:
         self._fingerprint = hypernetwork.fingerprint()
         strengths, bias = hypernetwork.generator.strengths(), hypernetwork.bias_factors()
         self._strengths = {name: s.detach() for name, s in strengths.items()} if strengths else None
+        # Moments have d_in rows of 4 bytes a number, rows mostly 2.
+        self._enough_rows = 2 * max(d_in for d_in, _ in hypernetwork.modules_shapes.values())
         self._bias = map_tensors(bias, lambda t: t.detach().to(base.dtype)) if bias else None
 
     def __call__(self, documents: Iterable[Document]) -> list[Adapter]:
@@ -117,7 +120,7 @@ class Internalizer:
     def _start(self, index: int, document: Document) -> _Job:
         chunking = self.hypernetwork.config.chunking
         ids = document_ids(document.text, self.base.tokenizer, chunking, document.name)
-        memory = Memory(self._strengths, self.config.gathered_rows)
+        memory = Memory(self._strengths, self.config.gathered_rows or self._enough_rows)
         return _Job(index, document.digest, len(ids), split_evenly(ids, chunking), memory)
 
     def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:

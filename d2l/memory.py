@@ -18,7 +18,7 @@ import threading
 import torch
 from torch import Tensor
 
-from d2l.factors import Factors, LowRank, concat_ranks, rank_of
+from d2l.factors import Factors, LowRank, concat_ranks, level, rank_of
 
 Strengths = dict[str, Tensor]
 """Target module -> s of each layer, [layers] float32."""
@@ -50,10 +50,11 @@ class Memory:
         if not self._moments:
             return regress(concat_ranks(self._parts), self._strengths)
         self._fold()
-        return {
+        updates = {
             name: _as_factors(torch.stack([layer.update() for layer in layers]), layers[0].dtype)
             for name, layers in self._moments.items()
         }
+        return level(updates)
 
     def _fold(self) -> None:
         """Put moments in the place of rows; a layer at a time, for a copy of all rows is memory that is always new."""
@@ -96,7 +97,8 @@ def regress(rows: Factors, strengths: Strengths | None) -> Factors:
         strengths: of the regression; None where rows are factors already.
 
     Returns:
-        Factors in the dtype of the rows. Their rank is R, or where that is more than d_in, d_out.
+        Factors in the dtype of the rows. Their rank is R, or where that is more than d_in, d_out; it is
+        the largest of all modules.
     """
     if strengths is None:
         return rows
@@ -104,7 +106,7 @@ def regress(rows: Factors, strengths: Strengths | None) -> Factors:
     for name, (a, b) in rows.items():
         pairs = [_regress(a_l, b_l, s) for a_l, b_l, s in zip(a, b, strengths[name], strict=True)]
         factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
-    return factors
+    return level(factors)
 
 
 def _regress(a: Tensor, b: Tensor, s: Tensor) -> LowRank:

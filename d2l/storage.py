@@ -25,6 +25,11 @@ _LARGEST_PUT = 5 << 30
 """Bytes that S3 takes in one request."""
 
 
+def absolute(name: str) -> str:
+    """A local file or folder by its whole path, for processes that run in other folders; other names as they are."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 class Storage:
     """A root, local or remote, and the files under it."""
 

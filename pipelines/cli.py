@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def _usage(arguments: list[str]) -> None:
 def _user_error(error: BaseException | None) -> UserError | None:
     """The user's mistake behind an exception, through the wrappers of Ray's tasks, actors and workers."""
     while error is not None:
-        if type(error) is UserError:
-            return error
+        if type(error) in (UserError, StorageError):  # Ray's wrappers of them are instances, too
+            return error  # type: ignore[return-value]
         failures = list(getattr(error, "worker_failures", {}).values())
         error = getattr(error, "cause", None) or next(iter(failures), None) or error.__cause__
     return None

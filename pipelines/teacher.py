@@ -101,7 +101,6 @@ class Teacher:
         config = self.base.model.config.get_text_config()
         self.window: int = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 1 << 62)
         """Tokens of a prompt with its answer at most; a sliding window counts, for a tree's mask knows none."""
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Add `TARGET_COLUMNS` to rows of a prepared training set.
@@ -174,9 +173,7 @@ class Teacher:
     def _likeliest(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:
         found = []
         for part in hidden.split(_HEAD_TOKENS):
-            logits = self.base.model.get_output_embeddings()(part).float()
-            if self._softcap:
-                logits = torch.tanh(logits / self._softcap) * self._softcap
+            logits = self.base.logits(part).float()
             values, ids = logits.topk(TOP)
             found.append((ids.int(), (values - logits.logsumexp(-1, keepdim=True)).half()))
         ids, log_probs = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))

@@ -60,7 +60,7 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
     try:
         mlflow.set_tracking_uri(config.uri)
         client = MlflowClient()
-        if config.run_id:
+        if config.run_id and _is_there(client, config.run_id):
             client.update_run(config.run_id, status="RUNNING")
             return config
         experiment = mlflow.set_experiment(config.experiment)
@@ -73,6 +73,17 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
             f"MLflow at {config.uri} cannot be used ({reason}); start it, or give --tracking.uri"
         ) from error
     return replace(config, run_id=run.info.run_id)
+
+
+def _is_there(client: MlflowClient, run_id: str) -> bool:
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        logging.warning("MLflow at %s has no run %s: the record goes on in a new one", client.tracking_uri, run_id)
+        return False
+    return True
 
 
 @contextlib.contextmanager

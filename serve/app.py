@@ -31,7 +31,7 @@ from d2l.embedding import BUNDLED, EmbeddingModel
 from d2l.errors import UserError
 from d2l.hypernetwork import base_model_of, read_config
 from d2l.model import SHIPPED
-from d2l.storage import Storage
+from d2l.storage import Storage, absolute
 from serve.catalogue.deployment import CatalogueDeployment
 from serve.catalogue.keys import Keys
 from serve.engine.batcher import BatcherConfig
@@ -140,7 +140,7 @@ class ServeConfig:
 def build(config: ServeConfig) -> serve.Application:
     """The deployment graph."""
     store = Storage(config.store).root  # replicas may run in other folders
-    base = str(Path(config.base).absolute()) if Path(config.base).is_dir() else config.base
+    base = absolute(config.base)
     ongoing = 2 * config.max_batch_size  # one batch runs, the next one is already there
     engine = Engine.options(
         **_replicas(config),
@@ -226,7 +226,7 @@ def _hypernetwork(config: ServeConfig) -> str | None:
 def _embedding(config: ServeConfig) -> str | None:
     if config.embedding == "none":
         return None
-    return str(Path(config.embedding).absolute()) if Path(config.embedding).is_dir() else config.embedding
+    return absolute(config.embedding)
 
 
 def run(config: ServeConfig, blocking: bool = True) -> None:

@@ -1,8 +1,8 @@
 """The internalizer deployment: documents to adapters in the store, by the library's code path.
 
-Short documents of several callers share a batch; a long one has its own, so that no short one waits for it to be
-finished with. One thread touches the model at a time. The hypernetwork is `user_config`: another one takes over without
-a restart, and what has begun with the one before is finished with it.
+Short documents of several callers share a batch. Long ones are read one by one, beside the short ones, which wait for
+none of them: so two threads at most touch the model at a time. The hypernetwork is `user_config`: another one takes
+over without a restart, and what has begun with the one before is finished with it.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
 from d2l.catalogue import Event
 from d2l.embedding import Embedder, Embedding, EmbeddingModel
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import Document
 from d2l.model import DocToLora
@@ -62,7 +62,7 @@ class Internalizer:
         self._maker: _Maker | None = None
         self._store = AdapterStore(store)
         self._embedder = Embedder(EmbeddingModel.of(embedding), device) if embedding else None
-        self._computing = asyncio.Lock()
+        self._computing = {long: asyncio.Lock() for long in (False, True)}
         self._seconds = Histogram(
             "d2l_internalize_s", "A document's time in a stage, waiting included.", _SECONDS, ("stage",)
         )
@@ -134,19 +134,22 @@ class Internalizer:
         self._seconds.observe(time.perf_counter() - began, {"stage": stage})
 
     async def _stored(self, tenant: str, target: str) -> Adapter | None:
-        """The adapter, if it is there already."""
+        """The adapter, if it is there already; one that is damaged is removed, to be made again."""
         try:
             if await asyncio.to_thread(self._store.exists, tenant, target):
                 return await asyncio.to_thread(self._store.get, tenant, target)
-        except UserError as error:
+        except StorageError as error:
             raise storage_error(error) from error
+        except UserError as error:
+            logger.error("adapter is made again: %s", error)
+            await asyncio.to_thread(self._store.remove, tenant, target)
         return None
 
     async def _embedding(self, work: Internalization) -> Embedding | None:
         if self._embedder is None:
             return None
         with self._timed("embed"):
-            async with self._computing:
+            async with self._computing[work.long]:
                 return (await asyncio.to_thread(self._embedder, [work.text]))[0]
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
@@ -154,9 +157,13 @@ class Internalizer:
         return await self._compute(jobs)
 
     async def _compute(self, jobs: Sequence["_Job"]) -> list[Adapter | UserError]:
-        """Adapters, or why there is none, in order; each by the hypernetwork that its job began with."""
+        """Adapters, or why there is none, in order; each by the hypernetwork that its job began with.
+
+        Args:
+            jobs: of short documents, or a long one's.
+        """
         found: dict[int, Adapter | UserError] = {}
-        async with self._computing:
+        async with self._computing[jobs[0].work.long]:
             for maker in {id(job.maker): job.maker for job in jobs}.values():
                 own = [number for number, job in enumerate(jobs) if job.maker is maker]
                 adapters = await asyncio.to_thread(maker.compute, [jobs[number].work for number in own])
@@ -178,12 +185,14 @@ class _Maker:
             ApiError: 413, it is not.
         """
         most = self._model.hypernetwork.config.chunking.max_document_tokens
-        if len(work.text.encode()) <= most:  # a token has a byte at least
+        size = len(work.text.encode())
+        if size <= most:  # a token has a byte at least
             return
+        if (least := size // self._model.base.longest_token) > most:  # not tokenised: it may be megabytes
+            raise _too_long(f"at least {least:,}", most)
         tokens = len(self._model.base.tokenizer(work.text, add_special_tokens=False, verbose=False)["input_ids"])
         if tokens > most:
-            message = f"The document has {tokens:,} tokens; this server takes {most:,} at most. Split it."
-            raise ApiError(413, message, "document_too_long")
+            raise _too_long(f"{tokens:,}", most)
 
     def target(self, work: Internalization) -> str:
         """The id of the document's adapter."""
@@ -201,6 +210,11 @@ class _Maker:
         """Adapters, or why there is none, in order."""
         results = dict(self._model.internalizer.stream(Document(work.text, work.doc_id) for work in works))
         return [results[i] for i in range(len(works))]
+
+
+def _too_long(tokens: str, most: int) -> ApiError:
+    message = f"The document has {tokens} tokens; this server takes {most:,} at most. Split it."
+    return ApiError(413, message, "document_too_long")
 
 
 @dataclass(frozen=True)

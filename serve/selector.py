@@ -28,7 +28,6 @@ class Choice:
     """The document that fits best; it may have changed since."""
 
     doc_id: str
-    version: str
     similarity: float
     """Cosine of the embeddings, at most 1."""
 
@@ -60,7 +59,7 @@ class Selector:
             return None
         asked = await self._embed(question)
         best, similarity = ranking.best(np.array(asked.vector, np.float32), asked.terms)
-        return Choice(events[best].doc_id, events[best].version, similarity)
+        return Choice(events[best].doc_id, similarity)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""

@@ -36,7 +36,7 @@ from d2l.extract import TEXT
 from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 from d2l.model import SHIPPED, DocToLora
-from d2l.storage import Storage
+from d2l.storage import Storage, absolute
 from d2l.store import AdapterStore, adapter_id, check_doc_id, check_tenant
 from pipelines import cluster
 from pipelines.sources import Row
@@ -97,8 +97,9 @@ class ConversionConfig:
         folder = str(Path(self.hypernetwork).absolute())
         check_rank(self.internalize.max_rank, Checkpoint.of(folder).config.bias_rank)
         parse_dtype(self.dtype, torch.device("cpu"))
-        embedding = str(Path(self.embedding).absolute()) if Path(self.embedding).is_dir() else self.embedding
-        config = dataclasses.replace(self, store=Storage(self.store).root, hypernetwork=folder, embedding=embedding)
+        base, embedding = self.base and absolute(self.base), absolute(self.embedding)
+        store = Storage(self.store).root
+        config = dataclasses.replace(self, store=store, hypernetwork=folder, base=base, embedding=embedding)
         config.embedding_model()
         return config
 
@@ -216,6 +217,7 @@ class Converter:
         works: list[_Work] = []
         results: list[Row] = []
         for row in rows:
+            row = row | {"doc_id": "" if row["doc_id"] is None else str(row["doc_id"])}
             try:
                 if row.get("stage"):
                     results.append(self._failed(row, row["stage"], row["reason"]))
@@ -227,6 +229,8 @@ class Converter:
             return results + self._embed(works, list(self._convert(works, pool)))
 
     def _plan(self, row: Row) -> "_Work":
+        if not isinstance(row["text"], str):
+            raise UserError(f"{row['doc_id']}: needs a text, has {row['text']!r:.40}")
         document = Document(check_text(row["text"], row["doc_id"]), check_doc_id(row["doc_id"]))
         maker, chunking = self.checkpoint.fingerprint, self.checkpoint.config.chunking
         dtype = str(self.dtype).removeprefix("torch.")

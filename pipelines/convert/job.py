@@ -137,10 +137,20 @@ class _Seen:
     def __init__(self) -> None:
         self.doc_ids: set[str] = set()
         self.damaged: set[str] = set()
+        self._places: set[tuple[str, str]] = set()
+
+    def has(self, event: Event) -> bool:
+        """Whether a document is there; seen from a folder above or below, its id is longer or shorter."""
+        return event.doc_id in self.doc_ids or (event.source_uri, _last_part(event.doc_id)) in self._places
 
     def add(self, rows: list[Row]) -> None:
         self.doc_ids.update(row["doc_id"] for row in rows)
+        self._places.update((row["source_uri"], _last_part(row["doc_id"])) for row in rows)
         self.damaged.update(_file(row["source_uri"]) for row in rows if row["event"] == "failed")
+
+
+def _last_part(doc_id: str) -> str:
+    return doc_id.rpartition("/")[2]
 
 
 def _file(source_uri: str) -> str:
@@ -159,7 +169,7 @@ def _vanished(current: Iterable[Event], folders: list[str], seen: _Seen) -> list
             event.tenant,
         )
         for event in current
-        if event.doc_id not in seen.doc_ids
+        if not seen.has(event)
         and any(event.source_uri.startswith(folder) for folder in folders)
         and _file(event.source_uri) not in seen.damaged
     ]

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from d2l import generation
 from d2l.adapter import Adapter
-from d2l.base_model import BaseModel
+from d2l.base_model import BaseModel, chat_text
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
@@ -80,10 +80,8 @@ class InContext:
     def _around(self, question: str) -> tuple[list[int], list[int]]:
         """The prompt's tokens before and after the document."""
         turn = [{"role": "user", "content": f"{_MARK}\n\n{question}"}]
-        text = self.base.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, after = (
-            self.base.tokenizer(part, add_special_tokens=False)["input_ids"] for part in str(text).split(_MARK)
-        )
+        text = chat_text(self.base.tokenizer, turn, add_generation_prompt=True)
+        before, after = (self.base.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(_MARK))
         return before, after
 
 

@@ -55,13 +55,15 @@ class Distiller:
         return filter_questions(completions, document, config)[0]
 
     def __call__(self, document: str, questions: Sequence[str]) -> Adapter | None:
-        """The document's LoRA; None where there is no question to learn from."""
+        """The document's LoRA; None where there is no question to learn from, or the document exceeds the window."""
         if not questions:
             return None
         base = self._model.base
         read = self._reader.read(document, questions)
         answers = [self._reader.answer(read, question) for question in questions]
         (targets,) = self._teacher.targets([self._teacher.examples(document, questions, answers)])
+        if targets is None:
+            return None
         prompts = [base.prompt_ids([{"role": "user", "content": question}]) for question in questions]
         learned = Document(
             [np.array([base.pad_id], np.int32)],  # nothing is read

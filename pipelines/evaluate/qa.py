@@ -168,7 +168,9 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
         check_rank(rank, made.bias_rank)
     base = config.base or values["base_model"]
     others = tuple(read_config(folder)["fingerprint"] for folder in (config.static, config.tuned_reader) if folder)
-    return Setting(values["fingerprint"], BUNDLED_MODELS.get(base, base), data, config.rows, others, config.seed)
+    base = BUNDLED_MODELS.get(base, base)
+    made_by = values["fingerprint"]
+    return Setting(made_by, base, data, config.rows, others, config.rank, config.distillation, config.seed)
 
 
 def _batches(exams: list[Exam]) -> list[list[Exam]]:
@@ -202,8 +204,11 @@ def _run(
     with Progress("asking questions, documents", total) as progress:
         progress.advance(len(done), "answered before")
         for batch in examined.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            log.append(batch["trial"].tolist())
-            progress.advance(len(batch["trial"]), "")
+            places = zip(batch["group"].tolist(), batch["number"].tolist(), strict=True)
+            # Of a batch that was written in part, all documents are asked again: the wrong adapter is a neighbour's.
+            new = [trial for trial, place in zip(batch["trial"].tolist(), places, strict=True) if place not in done]
+            log.append(new)
+            progress.advance(len(new), "")
 
 
 def _tables(config: ExaminerConfig, batches: list[list[Exam]]) -> Iterator[pa.Table]:

@@ -5,6 +5,7 @@ import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -61,7 +62,7 @@ def from_parquet(path: str, split: str | None, questions: int, per_document: int
         table = table.filter(pc.equal(table["split"], split))
     documents: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
     for row in table.to_pylist():
-        answers = tuple(dict.fromkeys(answer.strip() for answer in row["answers"] or () if answer and answer.strip()))
+        answers = _right_answers(row["answers"], path)
         if row["context"] and row["question"] and answers:
             documents[row["context"]].append((row["question"], answers))
     rng = random.Random(seed)
@@ -95,6 +96,14 @@ def digest(exams: list[Exam]) -> str:
     """Tells one set of documents from another."""
     parts = [[e.sample.document, e.sample.questions, e.expected] for e in exams]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _right_answers(given: Any, path: str) -> tuple[str, ...]:
+    """Each once: of a list, of one text, or as SQuAD on the hub has them, {text: [...], answer_start: [...]}."""
+    listed = given.get("text") if isinstance(given, dict) else [given] if isinstance(given, str) else given
+    if not all(isinstance(answer, str | None) for answer in listed or ()):
+        raise UserError(f"{path}: column 'answers' needs texts, or lists of texts; a row has {str(given)[:80]}")
+    return tuple(dict.fromkeys(answer.strip() for answer in listed or () if answer and answer.strip()))
 
 
 def _exam(group: str, number: int, document: str, questions: tuple, answers: tuple) -> Exam:

@@ -48,11 +48,13 @@ class Examiner:
         return DocToLora(self.model.base, Hypernetwork.from_pretrained(folder, self.model.base)).internalize("any")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Lines for the log, of documents of one group, at least two."""
+        """Lines for the log, and whose they are: of documents of one group, at least two."""
         cluster.share_cores(self.config.workers)
         tasks = batch.to_pylist()
         exams = [from_dict(Exam, json.loads(task["exam"])) for task in tasks]
-        return pa.table({"trial": [line(trial) for trial in self._examine(exams, [t["timed"] for t in tasks])]})
+        trials = self._examine(exams, [task["timed"] for task in tasks])
+        places = {name: [getattr(trial, name) for trial in trials] for name in ("group", "number")}
+        return pa.table(places | {"trial": list(map(line, trials))})
 
     def _examine(self, exams: list[Exam], timed: list[bool]) -> list[Trial]:
         samples = [exam.sample for exam in exams]

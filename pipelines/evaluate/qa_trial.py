@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.distillation import DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Setting:
     """What the base model has of a document."""
     baselines: tuple[str, ...]
     """Fingerprints of the baselines' hypernetworks."""
+    rank: int
+    """Rank that documents are internalized to."""
+    distillation: DistillationConfig
+    """How a document's LoRA is trained, for comparison."""
     seed: int
     """Chooses or makes the documents."""
 

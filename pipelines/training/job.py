@@ -22,7 +22,7 @@ from d2l.base_model import load_base_model
 from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, read_config
-from d2l.storage import Storage
+from d2l.storage import Storage, absolute
 from pipelines import cluster, recipes, tracking
 from pipelines.recipes import Recipe
 from pipelines.tracking import TrackingConfig
@@ -31,6 +31,7 @@ from pipelines.training.checkpoints import StepFolders, fetched, upload
 from pipelines.training.loop import BEST, CHECKPOINTS, LoopConfig, train_worker
 from pipelines.training.stages import StageData, open_stages
 from pipelines.training.stream import DataConfig
+from pipelines.training.tasks import Task
 
 _RUN_FILE = "run.json"
 _HYPERNETWORK = "hypernetwork"
@@ -147,7 +148,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         )
     storage = Storage(config.output)
     init_from = Storage(config.init_from).root if config.init_from else None
-    recipe = _with_config_of(init_from, config.recipe) if init_from else config.recipe
+    recipe = _anywhere(_with_config_of(init_from, config.recipe) if init_from else config.recipe)
     stages = open_stages(recipe)
     record = _record(config, recipe, stages, storage)
 
@@ -196,6 +197,21 @@ def _with_config_of(init_from: str, recipe: Recipe) -> Recipe:
     return replace(recipe, hypernetwork=from_dict(HypernetworkConfig, values, f"{init_from}: hypernetwork"))
 
 
+def _anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths: workers run in other folders, and read evaluation's documents there."""
+
+    def whole(task: Task) -> Task:
+        data = getattr(task, "data", None)
+        return replace(task, data=absolute(data)) if data else task  # type: ignore[call-arg]
+
+    stages = tuple(
+        replace(stage, mixture=tuple(replace(share, task=whole(share.task)) for share in stage.mixture))
+        for stage in recipe.stages
+    )
+    paths = {name: absolute(path) for name in ("base", "data", "prose") if (path := getattr(recipe, name))}
+    return replace(recipe, stages=stages, **paths)
+
+
 def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storage: Storage) -> TrackingConfig:
     """The MLflow run of this output folder: a new one, or that of the run that is continued.
 
@@ -222,9 +238,10 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     name = storage.root.rsplit("/", 1)[-1]
     opened = replace(config.tracking, run_id=run_id)
     record = tracking.open_run(opened, name, replace(config, recipe=recipe), tracking.git_tags() | digests)
-    if not run_id:
+    if record.run_id != run_id:
         with tracking.forgiven("the recipe"):
             tracking.log_json(record, plain, "recipe.json")
+        storage.remove(_RUN_FILE)
         storage.create(_RUN_FILE, json.dumps({"mlflow_run": record.run_id, "recipe": plain}, indent=2).encode())
     return record
 

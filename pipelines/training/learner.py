@@ -11,7 +11,6 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -39,7 +38,6 @@ class MetaLearner(nn.Module):
         self._base = [base]  # a list hides the frozen model from nn.Module
         self.weights = loss
         self.gradient_checkpointing = gradient_checkpointing
-        self._softcap: float | None = getattr(base.model.config, "final_logit_softcapping", None)  # Gemma 2
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and metrics.
@@ -67,8 +65,7 @@ class MetaLearner(nn.Module):
         with adapted(batch.questions), recomputed:
             hidden = base.decoder(input_ids=batch.ids[:, stem:], cache=cache, use_cache=bool(stem)).last_hidden_state
         places = batch.places - stem * (batch.places // batch.ids.shape[1] + 1)
-        logits = F.linear(hidden.flatten(0, 1)[places], base.model.get_output_embeddings().weight)
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+        return base.logits(hidden.flatten(0, 1)[places])
 
     def adapters(self, batch: TrainingBatch) -> tuple[Factors, Adapted]:
         """Generate the adapters of a batch's documents.

@@ -268,7 +268,7 @@ class _Scribe:
         if evaluates and self._dev:
             scores = evaluate(self._learner, self._base, self._dev, self._affixes)
             logged |= scores
-            if state["best"] is None or scores["dev_loss"] < state["best"]["dev_loss"]:
+            if state["best"] is None or not state["best"]["dev_loss"] <= scores["dev_loss"]:  # it may have been NaN
                 state["best"] = {"step": step, "dev_loss": scores["dev_loss"]}
                 with self._best.writing(step, state["best"]) as folder:
                     hypernetwork.save_pretrained(folder)

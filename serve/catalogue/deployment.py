@@ -50,7 +50,7 @@ class Upload:
 
     def is_settled_by(self, event: Event) -> bool:
         """Whether there is nothing more to say of it once the event has happened to its document."""
-        return self.status == "failed" or self.version == event.version
+        return self.status == "failed" or self.version == event.version or event.event == "deleted"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class _Waiting:
 
     event: Event
     key: ApiKey
+    accepted: datetime
+    """When the gateway took it."""
     done: asyncio.Future[tuple[Event, int]]
     """The event as written, and the feed's position after it."""
 
@@ -94,6 +96,7 @@ class CatalogueDeployment:
         self._something_waits = asyncio.Event()
         self._written = datetime.min.replace(tzinfo=UTC)
         self._uploads: dict[tuple[str, str], Upload] = {}
+        self._accepted: dict[tuple[str, str], datetime] = {}
         self._limiters: dict[str, Limiter] = {}
         self._keys_file = Path(keys) if keys else None
         self._keys_time = 0.0
@@ -109,13 +112,19 @@ class CatalogueDeployment:
         """News after `seen`: events, uploads, keys. None for who has to subscribe again."""
         return await self._feed.poll(gateway, seen, POLL_S)
 
-    async def commit(self, event: Event, key: ApiKey) -> Event:
+    async def commit(self, event: Event, key: ApiKey, accepted: datetime) -> Event:
         """Write an event, dated after all that the document had; every gateway goes by it when this returns.
 
+        Args:
+            event: an upload that is ready, or a deletion.
+            key: whose.
+            accepted: when the gateway took the upload or deletion.
+
         Raises:
-            ApiError: there is nothing to delete, the key's limits leave no room, or the storage fails.
+            ApiError: there is nothing to delete, a later upload or deletion came first (409), the key's limits leave
+                no room, or the storage fails.
         """
-        waiting = _Waiting(event, key, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(event, key, accepted, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._something_waits.set()
         written, position = await waiting.done
@@ -123,7 +132,10 @@ class CatalogueDeployment:
         return written
 
     async def report(self, upload: Upload) -> None:
-        """Tell all gateways of an upload that goes on, or has failed."""
+        """Tell all gateways of an upload that goes on, or has failed; of one that another has replaced, nobody."""
+        there = self._uploads.get((upload.tenant, upload.doc_id))
+        if upload.status == "failed" and (there is None or there.version != upload.version):
+            return
         self._uploads.pop((upload.tenant, upload.doc_id), None)
         self._uploads[upload.tenant, upload.doc_id] = upload
         while len(self._uploads) > _MOST_UPLOADS:
@@ -166,6 +178,7 @@ class CatalogueDeployment:
             events: list[Event] = []
             for waiting in group:
                 try:
+                    self._check_order(waiting)
                     events.append(self._dated(waiting.event, waiting.key, events))
                     waiting.event = events[-1]
                 except ApiError as error:
@@ -180,12 +193,23 @@ class CatalogueDeployment:
             if not waiting.done.done():
                 waiting.done.set_result((waiting.event, position))
 
+    def _check_order(self, waiting: _Waiting) -> None:
+        """Whether nothing that was accepted later is there already: long documents take longer than short ones."""
+        document = waiting.event.tenant, waiting.event.doc_id
+        if waiting.accepted < self._accepted.get(document, waiting.accepted):
+            raise ApiError(409, "A later upload or deletion of this document came first.", "superseded")
+        self._accepted.pop(document, None)
+        self._accepted[document] = waiting.accepted
+        while len(self._accepted) > _MOST_UPLOADS:
+            del self._accepted[next(iter(self._accepted))]
+
     def _dated(self, event: Event, key: ApiKey, group: Sequence[Event]) -> Event:
         current = self._catalogue.resolve(event.tenant, event.doc_id)
         if event.event == "deleted":
-            if current is None:
+            if current:
+                event = replace(event, version=current.version, adapter_id=current.adapter_id)
+            elif (event.tenant, event.doc_id) not in self._uploads:
                 raise ApiError(404, "There is no such document.", "document_not_found")
-            event = replace(event, version=current.version, adapter_id=current.adapter_id)
         else:
             check_room(self._catalogue, key, event.doc_id, event.bytes, group)
         self._written = max(datetime.now(UTC), self._written + _MOMENT)
@@ -200,7 +224,10 @@ class CatalogueDeployment:
 
     async def _tail(self) -> None:
         await asyncio.sleep(_TAIL_S)
-        await self._read_keys()
+        try:
+            await self._read_keys()
+        except (UserError, OSError) as error:
+            logger.warning("keys not read, those from before hold: %s", error)
         async with self._using_table:
             await self._publish(await asyncio.to_thread(self._catalogue.refresh))
 

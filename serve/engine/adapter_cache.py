@@ -64,6 +64,8 @@ class AdapterCache:
             self._evict()
 
     def _loaded(self, key: Key, entry: _Entry, load: asyncio.Future[Adapter]) -> None:
+        if self._entries.get(key) is not entry:  # nobody waited for it any more, and its room was wanted
+            return
         if load.cancelled() or load.exception():
             del self._entries[key]
             return

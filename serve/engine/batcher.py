@@ -40,6 +40,9 @@ class BatcherConfig:
 class Batcher:
     """Answers jobs in a running batch."""
 
+    max_rank: int | None = None
+    """Rank of adapters at most; None for any."""
+
     def __init__(self, base: BaseModel, config: BatcherConfig | None = None):
         self._base = base
         self._config = config or BatcherConfig()

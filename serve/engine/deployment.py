@@ -6,10 +6,12 @@ Engines know tenants and adapter ids, never names or documents.
 import asyncio
 import dataclasses
 import logging
+import sys
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jinja2
 import torch
@@ -54,6 +56,8 @@ class EngineRequest:
     """A text to continue, without chat template; None where messages are given."""
     logprobs: int | None = None
     """How many of the most likely tokens to tell for each token of the answer; None for no log-probabilities."""
+    sent_at: float = field(default_factory=time.time)
+    """Unix time from which on the answer is waited for."""
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
@@ -71,7 +75,7 @@ class Engine:
         dtype: of its weights.
         cache_bytes: adapters kept in memory.
         disk_bytes: adapters kept on this machine's disk, where the store is not there itself.
-        timeout_s: for a request, from when it is here to the end of its answer.
+        timeout_s: for a request, from when the gateway sent it to the end of its answer.
         batching: how requests share the model.
         vllm: how vLLM is run, if it is to generate.
     """
@@ -116,7 +120,8 @@ class Engine:
             UserError: the prompt does not fit the model, or the adapters do not compose.
             ApiError: an adapter cannot be loaded, or the answer takes too long.
         """
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        waited = max(0.0, time.time() - request.sent_at)
+        deadline = asyncio.get_running_loop().time() + self._timeout_s - waited
         timer = AnswerTimer(self._metrics)
         async with aclosing(self._answer(request)) as pieces:  # an abandoned iterator ends now, not when collected
             while True:
@@ -151,16 +156,23 @@ class Engine:
         self._metrics.report()
 
     def _prompt(self, request: EngineRequest) -> list[int]:
+        window = getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        texts = [request.prompt or "", *(message["content"] for message in request.messages or ())]
+        least = sum(map(len, texts)) // self._base.longest_token
+        if least > window:  # not tokenised: it may be megabytes
+            raise self._too_long(f"at least {least}", request, window)
         prompt = self._tokens(request)
-        window = getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None)
-        if window and len(prompt) + request.sampling.max_new_tokens > window:
-            raise ApiError(
-                400,
-                f"{len(prompt)} tokens of prompt and max_tokens {request.sampling.max_new_tokens} exceed the model's "
-                f"window of {window} tokens. Shorten the prompt or lower max_tokens.",
-                "context_length_exceeded",
-            )
+        if len(prompt) + request.sampling.max_new_tokens > window:
+            raise self._too_long(f"{len(prompt)}", request, window)
         return prompt
+
+    def _too_long(self, tokens: str, request: EngineRequest, window: int) -> ApiError:
+        return ApiError(
+            400,
+            f"{tokens} tokens of prompt and max_tokens {request.sampling.max_new_tokens} exceed the model's "
+            f"window of {window} tokens. Shorten the prompt or lower max_tokens.",
+            "context_length_exceeded",
+        )
 
     def _tokens(self, request: EngineRequest) -> list[int]:
         if request.messages is None:
@@ -179,7 +191,7 @@ class Engine:
     def _load(self, key: Key) -> Adapter:
         tenant, adapter_ids = key
         adapters = [self._fetch(tenant, adapter_id) for adapter_id in adapter_ids]
-        adapter = compose(adapters) if len(adapters) > 1 else adapters[0]
+        adapter = compose(adapters, self._batcher.max_rank) if len(adapters) > 1 else adapters[0]
         return dataclasses.replace(adapter, factors=map_tensors(adapter.factors, lambda t: t.to(self._batcher.device)))
 
     def _fetch(self, tenant: str, adapter_id: str) -> Adapter:

@@ -40,8 +40,6 @@ from serve.errors import ApiError
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _BASE = "base"
-_MAX_RANK = 128
-"""Rank of adapters at most: of those that `d2l convert` stores. vLLM takes their room on the device in advance."""
 _MAX_ADAPTERS = 16
 """Different adapters in one batch at most."""
 _START_S = 900.0
@@ -65,6 +63,8 @@ class VllmBatcher:
 
     device = torch.device("cpu")
     """Where adapters are wanted."""
+    max_rank = 128
+    """Of adapters at most: that of those that `d2l convert` stores. vLLM takes their room on the device in advance."""
 
     def __init__(self, base: BaseModel, name: str, dtype: str, config: BatcherConfig, command: str):
         self._base = base
@@ -80,7 +80,8 @@ class VllmBatcher:
         program, *options = shlex.split(command)
         arguments = [program, *options[:1], resolve(name), "--served-model-name", _BASE, "--host", "127.0.0.1"]
         arguments += ["--port", str(port), "--dtype", dtype, "--max-num-seqs", str(config.max_batch_size)]
-        arguments += ["--enable-lora", "--max-lora-rank", str(_MAX_RANK), "--max-loras", str(adapters), *options[1:]]
+        arguments += ["--enable-lora", "--max-lora-rank", str(self.max_rank), "--max-loras", str(adapters)]
+        arguments += options[1:]
         try:
             environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
             # To stderr: what it prints is a log. A replica that is killed takes its server with it.
@@ -175,8 +176,8 @@ class VllmBatcher:
             self._loads.pop(key, None)
 
     async def _load(self, adapter: Adapter) -> str:
-        if adapter.rank > _MAX_RANK:
-            raise UserError(f"these adapters have rank {adapter.rank} together; the engine vllm takes {_MAX_RANK}")
+        if adapter.rank > self.max_rank:
+            raise UserError(f"this adapter has rank {adapter.rank}; the engine vllm takes {self.max_rank} at most")
         name = str(next(self._numbers))
         await asyncio.to_thread(adapter.save, self._folder / name)
         body = {"lora_name": name, "lora_path": str(self._folder / name)}

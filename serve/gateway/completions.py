@@ -23,6 +23,9 @@ from serve.gateway.protocol import ChatRequest, CompletionRequest, GenerationReq
 from serve.gateway.responses import ChatResponse, CompletionResponse, Response, usage
 from serve.selector import Choice
 
+_QUESTION_CHARACTERS = 4000
+"""The end of a question or text, by which `auto` chooses a document."""
+
 
 def completions_router(backend: Backend) -> APIRouter:
     """The routes."""
@@ -58,7 +61,8 @@ class _Answers:
     ) -> HttpResponse:
         """The response to a request for messages or a prompt."""
         name = ModelName.parse(request.model)
-        events, extra = await self._documents(name, request.model, key.tenant, prompt or _question(messages or []))
+        question = (prompt or _question(messages or []))[-_QUESTION_CHARACTERS:]
+        events, extra = await self._documents(name, request.model, key.tenant, question)
         asked = EngineRequest(
             messages,
             key.tenant,
@@ -140,7 +144,9 @@ class _Answers:
             raise as_api_error(error) from error
         event = None
         if choice and choice.similarity >= backend.min_similarity:
-            event = backend.directory.catalogue.resolve(tenant, choice.doc_id, choice.version)
+            event = backend.directory.catalogue.resolve(
+                tenant, choice.doc_id
+            )  # it may be newer than the selector knows
         said = {
             "document": event.doc_id if event else None,
             "version": event.version if event else None,

@@ -6,7 +6,9 @@ one is answered with 202 at once; GET tells when it is ready, or why it is not.
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -33,6 +35,12 @@ LONG_CHARACTERS = 20_000
 """Longer documents are answered before they are ready."""
 _MOST_CHARACTERS = 4_000_000
 """Of a document: about a million tokens, the most that hypernetworks take by default."""
+_MOST_GOING_ON = 64
+"""Long documents that a gateway has in memory at most ..."""
+_GOING_ON_AT_ONCE = 4
+"""... and those of them that internalizers have."""
+_MOST_READ = 8
+"""Files that wait for a gateway's reader at most."""
 _MULTIPART = "multipart/form-data"
 
 logger = logging.getLogger("ray.serve")
@@ -70,12 +78,12 @@ def documents_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/v1/documents", tags=["documents"])
     caller = Annotated[ApiKey, Depends(backend.caller())]
     catalogue = backend.directory.catalogue
-    uploads = _Uploads(backend)
+    uploads, files = _Uploads(backend), _Files()
 
     @router.post("", status_code=201, response_model=None, openapi_extra=_BODY)
     async def upload(request: Request, key: caller) -> JSONResponse:
         """Take a document: 201 when it is ready, 202 when it will be."""
-        given = await _given(request)
+        given = await _given(request, files)
         if len(given.text) > _MOST_CHARACTERS:
             message = f"The document has {len(given.text):,} characters, more than {_MOST_CHARACTERS:,}. Split it."
             raise ApiError(413, message, "document_too_long")
@@ -101,11 +109,11 @@ def documents_router(backend: Backend) -> APIRouter:
 
     @router.delete("/{doc_id:path}")
     async def delete(doc_id: str, key: caller) -> dict[str, Any]:
-        """Forget a document: no gateway answers from it any more."""
-        if catalogue.resolve(key.tenant, doc_id) is None:
+        """Forget a document: no gateway answers from it any more, and an upload of it that goes on comes to nothing."""
+        if catalogue.resolve(key.tenant, doc_id) is None and backend.directory.upload(key.tenant, doc_id) is None:
             raise _not_found(doc_id)
         try:
-            await backend.catalogue.commit.remote(Event(key.tenant, doc_id, "", "deleted"), key)
+            await backend.catalogue.commit.remote(Event(key.tenant, doc_id, "", "deleted"), key, datetime.now(UTC))
         except Exception as error:
             raise as_api_error(error) from error
         return {"id": doc_id, "object": "document", "deleted": True}
@@ -120,22 +128,23 @@ class _Given:
     doc_id: str
     text: str
     extractor: str
+    accepted: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
     def version(self) -> str:
         return Document(self.text).digest[:12]
 
 
-async def _given(request: Request) -> _Given:
+async def _given(request: Request, files: "_Files") -> _Given:
     """The document of a request.
 
     Raises:
-        ApiError: neither JSON nor a file of a kind that is read.
+        ApiError: neither JSON nor a file of a kind that is read, or too many files.
         UserError: a bad id, or no text in it.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _MULTIPART:
-        return await _given_file(request)
+        return await _given_file(request, files)
     if kind != "application/json":
         raise ApiError(415, f"Send application/json or {_MULTIPART}, not {shown(kind)}.", "unsupported_media_type")
     try:
@@ -146,7 +155,7 @@ async def _given(request: Request) -> _Given:
     return _Given(doc_id, check_text(body.text, f"document {shown(doc_id)}"), TEXT)
 
 
-async def _given_file(request: Request) -> _Given:
+async def _given_file(request: Request, files: "_Files") -> _Given:
     async with request.form(max_files=1, max_fields=1) as form:
         file, doc_id = form.get("file"), form.get("id")
         if not isinstance(file, UploadFile) or not isinstance(doc_id, str | None) or set(form) - {"file", "id"}:
@@ -156,8 +165,33 @@ async def _given_file(request: Request) -> _Given:
             raise ApiError(415, f"file {shown(name)}: expected one of {', '.join(SUFFIXES)}", "unsupported_media_type")
         doc_id = check_doc_id(doc_id or name)
         data = await file.read()
-    text = await asyncio.to_thread(extract, data, name)
-    return _Given(doc_id, text, extractor_of(name))
+    return _Given(doc_id, await files.text(data, name), extractor_of(name))
+
+
+class _Files:
+    """Reads files, one at a time, in a thread of its own: a slow one makes no one wait but other files."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "files")
+        self._waiting = 0
+
+    async def text(self, data: bytes, name: str) -> str:
+        """The text of a file.
+
+        Raises:
+            ApiError: too many files are waiting.
+            UserError: it cannot be read.
+        """
+        if self._waiting >= _MOST_READ:
+            raise ApiError(429, "Too many files are waiting to be read. Try again later.", "overloaded", 10)
+        self._waiting += 1
+        reading = self._thread.submit(extract, data, name)
+        loop = asyncio.get_running_loop()
+        reading.add_done_callback(lambda _: loop.call_soon_threadsafe(self._done))
+        return await asyncio.wrap_future(reading)
+
+    def _done(self) -> None:
+        self._waiting -= 1
 
 
 class _Uploads:
@@ -166,6 +200,7 @@ class _Uploads:
     def __init__(self, backend: Backend):
         self._backend = backend
         self._running: set[asyncio.Task[None]] = set()
+        self._turns = asyncio.Semaphore(_GOING_ON_AT_ONCE)
 
     async def finish(self, given: _Given, key: ApiKey) -> Event:
         """Internalize a document and commit it.
@@ -181,18 +216,21 @@ class _Uploads:
             work = Internalization(key.tenant, given.doc_id, given.text, given.extractor, long)
             event = await backend.internalizer.internalize.remote(work)
             backend.charge(key, event.tokens)
-            return await backend.catalogue.commit.remote(event, key)
+            return await backend.catalogue.commit.remote(event, key, given.accepted)
         except Exception as error:  # Serve would answer some of these itself, in a format of its own
             raise as_api_error(error) from error
 
     async def begin(self, given: _Given, key: ApiKey) -> dict[str, Any]:
         """Go on with a document while its upload is answered with this."""
         self._check(given, key)
+        if len(self._running) >= _MOST_GOING_ON:
+            raise ApiError(429, "Too many long documents are being read. Try again later.", "overloaded", 60)
         upload = Upload(key.tenant, given.doc_id, given.version, self._backend.directory.name)
-        await self._report(upload)
-        task = asyncio.create_task(self._go_on(given, key, upload))
+        reported = asyncio.ensure_future(self._report(upload))
+        task = asyncio.create_task(self._go_on(given, key, upload, reported))
         self._running.add(task)
         task.add_done_callback(self._ended)
+        await asyncio.shield(reported)  # if the client leaves, what it has sent is gone on with
         current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
         return _uploading(self._backend.alias, upload, current)
 
@@ -203,9 +241,11 @@ class _Uploads:
             raise ApiError(403, message, "documents_not_taken")
         check_room(self._backend.directory.catalogue, key, given.doc_id)
 
-    async def _go_on(self, given: _Given, key: ApiKey, upload: Upload) -> None:
+    async def _go_on(self, given: _Given, key: ApiKey, upload: Upload, reported: asyncio.Future[None]) -> None:
+        await reported
         try:
-            await self.finish(given, key)
+            async with self._turns:  # else they would take the internalizers' queues from short ones
+                await self.finish(given, key)
         except ApiError as error:
             await self._report(replace(upload, status="failed", reason=error.message))
 

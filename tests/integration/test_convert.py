@@ -210,17 +210,18 @@ def test_adapters_without_events_are_not_made_again(hypernetwork: Path, tmp_path
 def test_stages_in_a_pipeline_of_ones_own(hypernetwork: Path, tmp_path: Path) -> None:
     """`convert` takes rows from anywhere, and commits nothing; `commit` does."""
     store = str(tmp_path / "store")
-    rows = [{"doc_id": name, "text": text} for name, text in TEXTS.items()] + [{"doc_id": "auto", "text": "Reserved."}]
+    bad = {"auto": "Reserved.", "empty": None, None: "Nameless."}
+    rows = [{"doc_id": name, "text": text} for name, text in (TEXTS | bad).items()]
     config = ConversionConfig(
         store=store, tenant="acme", hypernetwork=str(hypernetwork), dtype="float32", embedding="none"
     )
     dataset = ray.data.from_items(rows)
-    assert sorted(row["event"] for row in convert(dataset, config).take_all()) == ["failed", "ready", "ready", "ready"]
+    assert sorted(row["event"] for row in convert(dataset, config).take_all()) == ["failed"] * 3 + ["ready"] * 3
     assert Catalogue(store).version == -1
     report = commit(convert(dataset, config), store)
-    assert summary(report) == (4, 3, 0, 1)
+    assert summary(report) == (6, 3, 0, 3)
     assert {event.doc_id for event in Catalogue(store).current("acme")} == set(TEXTS)
-    assert summary(commit(convert(dataset, config), store)) == (4, 0, 3, 1)
+    assert summary(commit(convert(dataset, config), store)) == (6, 0, 3, 3)
 
 
 def test_embeddings(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
@@ -266,6 +267,14 @@ def test_sync_deletes_what_has_vanished(hypernetwork: Path, tmp_path: Path) -> N
     assert set(current(store)) == set(TEXTS) - {"harbour.txt"} | {"a", "other.txt"}
     with pytest.raises(UserError, match="give folders"):
         run([docs / "rows.jsonl"], store, hypernetwork, sync=True)
+
+
+def test_sync_of_a_folder_further_down_deletes_nothing_that_is_there(hypernetwork: Path, tmp_path: Path) -> None:
+    """Seen from there, ids are shorter."""
+    store, docs = str(tmp_path / "store"), write(tmp_path / "docs", TEXTS)
+    run([docs], store, hypernetwork)
+    assert run([docs / "deep"], store, hypernetwork, sync=True)["deleted"] == 0
+    assert set(current(store)) == {*TEXTS, "er/model.md"}
 
 
 def test_sync_of_a_delta_table(hypernetwork: Path, tmp_path: Path) -> None:

@@ -59,14 +59,18 @@ def test_an_evaluation_of_facts_asks_under_every_condition_and_goes_on(config):
     log = AnswerLog(config.output, Trial)
     whole = list(log.read())
     lines = log.path.read_text().splitlines(keepends=True)
-    kept = [line for line, trial in zip(lines, whole, strict=True) if trial.group == "1 fact"]
+    kept = [line for line, trial in zip(lines, whole, strict=True) if trial.group == "1 fact" or trial.number]
+    assert 0 < len(kept) < len(lines)
     log.path.write_text("".join(kept) + lines[-1][:40])
     again = evaluate_facts(config)
     assert again["mlflow_runs"] == result["mlflow_runs"]
     answers = {(t.group, t.number): [a.answers for a in t.asked] for t in whole}
     assert {(t.group, t.number): [a.answers for a in t.asked] for t in log.read()} == answers
+    assert len(list(log.read())) == len(whole)
     with pytest.raises(UserError, match="another setting"):
         evaluate_facts(dataclasses.replace(config, seed=5))
+    with pytest.raises(UserError, match="another setting"):
+        evaluate_facts(dataclasses.replace(config, rank=config.rank - 1))
 
 
 def test_an_evaluation_of_questions_takes_a_parquet_file(config, tmp_path):

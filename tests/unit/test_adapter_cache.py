@@ -138,3 +138,22 @@ def test_tenants_share_nothing():
         assert loader.loads == ["a", "a"]
 
     run(100, scenario)
+
+
+def test_an_adapter_that_leaves_before_its_load_is_told_of_takes_no_bytes_with_it():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        loader.gates["a"] = asyncio.Event()
+        async with cache.use(("default", ("30",))):
+            gone = asyncio.create_task(get(cache, "a"))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.sleep(0)
+            loader.gates["a"].set()
+            entry = cache._entries["default", ("a",)]
+            while not entry.load.done():
+                await asyncio.sleep(0)
+                cache._evict()
+        await get(cache, "5")
+        assert cache.nbytes == sum(entry.nbytes for entry in cache._entries.values())
+
+    run(20, scenario)

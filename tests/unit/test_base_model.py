@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2l.base_model import BaseModel, load_base_model
+from d2l.base_model import BaseModel, chat_text, load_base_model
 from d2l.errors import UserError
 from d2l.storage import Storage
 from tests.conftest import save_tiny
@@ -131,3 +131,23 @@ def test_half_fetched_models_are_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unknown_protocols_are_refused() -> None:
     with pytest.raises(UserError, match=r"base model nonsense://x/y: cannot be fetched \(Protocol not known"):
         load_base_model("nonsense://x/y")
+
+
+def test_templates_that_write_the_date_are_the_same_every_day(tiny_llama: BaseModel, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dated = "{{ strftime_now('%Y-%m-%d') }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = dated
+    turn = [{"role": "user", "content": "Hello"}]
+    assert chat_text(tokenizer, turn) == "2024-07-26 Hello"
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template; take a base model made for conversation"):
+        chat_text(tokenizer, turn)
+
+
+def test_logits_are_scaled_as_the_model_itself_does(tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(3, tiny_llama.hidden_size)
+    plain = tiny_llama.logits(hidden)
+    for name, factor in (("logit_scale", 0.5), ("logits_scaling", 2.0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny_llama.model.config, name, factor, raising=False)
+            torch.testing.assert_close(tiny_llama.logits(hidden), plain / 2)

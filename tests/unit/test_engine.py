@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,5 +114,30 @@ def test_prompts_that_do_not_fit(engine: Callable[..., Engine], fields: dict, me
     async def main() -> None:
         with pytest.raises((UserError, ApiError), match=message):
             await engine().complete(asked(**fields))
+
+    asyncio.run(main())
+
+
+def test_the_time_in_a_queue_counts(engine: Callable[..., Engine]):
+    async def main() -> None:
+        with pytest.raises(ApiError, match="complete answer within 60 s"):
+            await engine().complete(asked(sent_at=time.time() - 61))
+
+    asyncio.run(main())
+
+
+def test_megabytes_of_prompt_are_refused_before_they_are_tokenised(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        replica = engine()
+        monkeypatch.setattr(replica, "_tokens", None)
+        for fields in (
+            {"prompt": "a" * 10**6},
+            {"messages": [{"role": "user", "content": "a" * 10**6}], "prompt": None},
+        ):
+            with pytest.raises(ApiError, match="at least") as error:
+                await replica.complete(asked(**fields))
+            assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
 
     asyncio.run(main())

@@ -1,6 +1,7 @@
 """The internalizer deployment, without Serve."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,48 @@ def test_another_hypernetwork_takes_over_between_documents(
     store = AdapterStore(tmp_path / "store")
     for event in before + after:
         assert store.get("acme", event.adapter_id).provenance.hypernetwork == event.hypernetwork
+
+
+def test_a_damaged_adapter_is_made_again(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
+    replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
+    monkeypatch.setattr(replica, "_together", batched(replica, 1))
+    work = Internalization("acme", "doc", "A text.", TEXT, long=False)
+
+    async def main() -> None:
+        await replica.reconfigure({"hypernetwork": str(tmp_path / "hypernetwork")})
+        event = await replica.internalize(work)
+        (weights,) = tmp_path.glob(f"store/adapters/acme/{event.adapter_id}/*.safetensors")
+        before = weights.read_bytes()
+        weights.write_bytes(b"no weights")
+        assert (await replica.internalize(work)).adapter_id == event.adapter_id
+        assert weights.read_bytes() == before
+
+    asyncio.run(main())
+
+
+def test_a_short_document_does_not_wait_for_a_long_one(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
+    replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
+    monkeypatch.setattr(replica, "_together", batched(replica, 1))
+    going_on = threading.Event()
+
+    async def main() -> None:
+        await replica.reconfigure({"hypernetwork": str(tmp_path / "hypernetwork")})
+        compute = replica._maker.compute
+        monkeypatch.setattr(
+            replica._maker, "compute", lambda works: (works[0].long and going_on.wait(30), compute(works))[1]
+        )
+        long = asyncio.create_task(replica.internalize(Internalization("acme", "long", "Long text.", TEXT, long=True)))
+        await asyncio.sleep(0.1)
+        short = Internalization("acme", "short", "A text.", TEXT, long=False)
+        assert (await asyncio.wait_for(replica.internalize(short), 20)).doc_id == "short"
+        assert not long.done()
+        going_on.set()
+        assert (await long).doc_id == "long"
+
+    asyncio.run(main())

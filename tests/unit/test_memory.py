@@ -122,3 +122,17 @@ def test_products_of_bfloat16_are_exact(count: int) -> None:
     for factors in (regress(half, STRENGTHS), memory.factors()):
         assert (delta(factors)["down_proj"] - expected).norm() < 5e-3 * expected.norm()  # its own rounding
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("capacity", [30, 200])
+def test_modules_of_different_widths_have_one_rank(capacity: int) -> None:
+    """Of the wide one no row is lost, though the narrow one's regression has fewer."""
+    wide, narrow = rows(100), map_tensors(rows(100), lambda t: t[..., :8])
+    both = {"down_proj": wide["down_proj"], "q_proj": narrow["down_proj"]}
+    strengths = STRENGTHS | {"q_proj": STRENGTHS["down_proj"]}
+    memory = Memory(strengths, capacity)
+    memory.add(both)
+    for factors in (regress(both, strengths), memory.factors()):
+        assert len({pair.a.shape[-2] for pair in factors.values()}) == 1
+        alone = delta(regress(wide, STRENGTHS))["down_proj"]
+        torch.testing.assert_close(delta(factors)["down_proj"], alone, atol=1e-3, rtol=1e-3)

@@ -1,5 +1,7 @@
 """Question answering: the measures, the data, and scores with their intervals."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -111,3 +113,19 @@ def test_scores_have_intervals_over_documents_and_a_gain(tmp_path) -> None:
     assert [row["name"] for row in result["rows"]] == list(rows)
     assert "+0.833 F1" in (tmp_path / "results.md").read_text()
     assert image.imread(tmp_path / "scores.png").std() > 0.05
+
+
+def asked(path: Path, answers: object) -> list[qa_data.Exam]:
+    rows = [{"context": text, "question": "Where?", "answers": answers, "split": "dev"} for text in "ab"]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return qa_data.from_parquet(str(path), "dev", 10, 4, 0)
+
+
+@pytest.mark.parametrize("answers", ["Paris ", ["Paris", None, " "], {"text": ["Paris"], "answer_start": [7]}])
+def test_answers_are_a_text_or_a_list_or_as_the_hub_has_them(tmp_path: Path, answers: object) -> None:
+    assert [exam.expected for exam in asked(tmp_path / "a.parquet", answers)] == [(("Paris",),)] * 2
+
+
+def test_answers_that_are_no_texts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"column 'answers' needs texts, or lists of texts; a row has \[7\]"):
+        asked(tmp_path / "a.parquet", [7])
