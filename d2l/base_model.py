@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +34,8 @@ _ARCHITECTURE_FIELDS = str.split(
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim vocab_size tie_word_embeddings hidden_act"
 )
-_DAY = date(2024, 7, 26)
-"""That of Llama 3's template where nobody says another."""
+_SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""In the place of today: what Llama 3's template has where it cannot know."""
 _PROBE_TEXT = "Digits 1234567, naïve café, code_like(x) == 3.14;\n\tEnd — 終わり 🙂"
 
 
@@ -182,8 +181,13 @@ def chat_text(
     """
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: has no chat template; take a base model made for conversation")
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return str(tokenizer.apply_chat_template(messages, strftime_now=_DAY.strftime, **options))
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _SAME_DAY + template
+    rendered = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return str(rendered)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

@@ -27,7 +27,7 @@ from d2l.injection import inject, place_rows
 from d2l.model import DocToLora
 from pipelines import cluster, tracking
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.qa_scores import interval
+from pipelines.evaluate.intervals import bootstrap
 from pipelines.progress import Progress
 from pipelines.prose import load_prose
 
@@ -74,7 +74,7 @@ def evaluate_interference(config: EvaluateInterferenceConfig) -> dict[str, Any]:
         cluster.connect()
         measured = _run(config, pairs)
         nats, adapted, tokens = (measured[:, column] for column in range(3))
-        low, high = interval(adapted - nats, tokens)
+        low, high = bootstrap(adapted - nats, tokens)
         result = {
             "hypernetwork": fingerprint,
             "passages": len(measured),

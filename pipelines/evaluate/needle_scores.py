@@ -1,6 +1,5 @@
 """Trials to scores: shares of right answers with their intervals, and what they cost."""
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +8,8 @@ from typing import Literal
 
 from d2l.tasks.needle import exact_match, found
 from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.intervals import median, wilson
 from pipelines.evaluate.needle_trial import Trial
-
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,6 @@ class Score:
     """See `Answers.seconds_per_answer`; median."""
     extra_bytes: int
     """See `Answers.extra_bytes`; median."""
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of which `right` of `n` were seen (Wilson, 1927); valid at 0 and 1 too."""
-    z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
-    share = right / n
-    center = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (center - spread) / (1 + z * z / n)), min(1.0, (center + spread) / (1 + z * z / n))
 
 
 def scores(trials: Iterable[Trial], by_depth: bool = False) -> list[Score]:
@@ -116,9 +105,9 @@ def _cell(trials: Sequence[Trial], by_depth: bool) -> list[Score]:
                 found_low=found_low,
                 found_high=found_high,
                 wrong_document=of_wrong if condition == "adapter" else None,
-                tokens_read=_whole(_median(asked.tokens_read for _, asked in pairs)),
-                seconds_per_document=_median(asked.seconds_per_document for _, asked in pairs),
-                seconds_per_answer=_median(asked.seconds_per_answer for _, asked in pairs),
+                tokens_read=_whole(median(asked.tokens_read for _, asked in pairs)),
+                seconds_per_document=median(asked.seconds_per_document for _, asked in pairs),
+                seconds_per_answer=median(asked.seconds_per_answer for _, asked in pairs),
                 extra_bytes=round(statistics.median(asked.extra_bytes for _, asked in pairs)),
             )
         )
@@ -135,11 +124,6 @@ def _count(pairs: Sequence[tuple[Trial, Answers]], right: Callable[[str, str], b
         for trial, asked in pairs
         for answer, expected in zip(asked.answers, trial.expected, strict=True)
     )
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
 
 
 def _whole(value: float | None) -> int | None:

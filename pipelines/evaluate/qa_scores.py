@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.intervals import bootstrap, median, share
 from pipelines.evaluate.qa_trial import Trial
 from pipelines.evaluate.text_scores import MEASURES, measured
-
-_RESAMPLED = 2000
-"""Bootstrap samples of an interval."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def scores(trials: Iterable[Trial], rows: Sequence[str]) -> tuple[list[Score], l
         for name, (better, worse) in _DIFFERENCES.items():
             if better in values and worse in values:
                 sums = values[better]["f1"] - values[worse]["f1"]
-                differences.append(Difference(group, name, float(sums.sum() / sizes.sum()), *interval(sums, sizes)))
+                differences.append(Difference(group, name, float(sums.sum() / sizes.sum()), *bootstrap(sums, sizes)))
     return found, differences
 
 
@@ -100,8 +98,8 @@ def _values(asked: Sequence[Answers], trials: Sequence[Trial]) -> dict[str, np.n
 
 def _score(group: str, row: str, asked: Sequence[Answers], values: dict[str, np.ndarray], sizes: np.ndarray) -> Score:
     means = {name: float(value.sum() / sizes.sum()) for name, value in values.items()}
-    f1_low, f1_high = interval(values["f1"], sizes)
-    exact_low, exact_high = interval(values["exact_match"], sizes)
+    f1_low, f1_high = share(values["f1"], sizes)
+    exact_low, exact_high = share(values["exact_match"], sizes)
     return Score(
         group=group,
         name=row,
@@ -110,25 +108,8 @@ def _score(group: str, row: str, asked: Sequence[Answers], values: dict[str, np.
         f1_high=f1_high,
         exact_match_low=exact_low,
         exact_match_high=exact_high,
-        seconds_per_document=_median(a.seconds_per_document for a in asked),
-        seconds_per_answer=_median(a.seconds_per_answer for a in asked),
+        seconds_per_document=median(a.seconds_per_document for a in asked),
+        seconds_per_answer=median(a.seconds_per_answer for a in asked),
         extra_bytes=round(statistics.median(a.extra_bytes for a in asked)),
         **means,
     )
-
-
-def interval(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """95% interval of a mean: percentile bootstrap, whole documents drawn, for their questions are not independent.
-
-    Args:
-        sums: [documents], of what is averaged.
-        sizes: [documents], how many it is the sum of.
-    """
-    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLED, len(sums)))
-    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None

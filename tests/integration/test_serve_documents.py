@@ -173,6 +173,24 @@ def test_a_long_document_is_ready_later(server: Server) -> None:
     assert server.ask("tiny:long").ok
 
 
+def test_what_was_sent_last_counts_though_it_is_ready_first(server: Server) -> None:
+    long = "The magic number of the blue harbour is 4821. " * 4000
+    for doc_id in ("replaced", "withdrawn"):
+        assert server.call("POST", "/documents", json={"id": doc_id, "text": long}).status_code == 202
+    short = server.upload("replaced", "A short text.")["version"]
+    assert server.call("DELETE", "/documents/withdrawn").ok
+    deadline = time.monotonic() + 120
+    while server.call("GET", "/documents/replaced").json()["status"] == "processing":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    server.upload("after", long[:20_000])
+    current = Catalogue(server.store).resolve("acme", "replaced")
+    assert current is not None
+    assert current.version == short
+    assert server.call("GET", "/documents/withdrawn").status_code == 404
+    assert server.ask("tiny:withdrawn").status_code == 404
+
+
 def test_bulk_changes_are_seen_within_5_s(server: Server) -> None:
     text = "A document that a job converted."
     AdapterStore(server.store).put("acme", "ab" * 8, server.library.internalize(text))

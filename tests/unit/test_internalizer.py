@@ -31,6 +31,15 @@ def batched(replica: Any, size: int) -> Callable[[Any], Coroutine[Any, Any, Any]
     return together
 
 
+def alone(replica: Any) -> Callable[[Any], Coroutine[Any, Any, Any]]:
+    """A batch for each job."""
+
+    async def together(job: Any) -> Any:
+        return (await replica._compute([job]))[0]
+
+    return together
+
+
 def test_another_hypernetwork_takes_over_between_documents(
     tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +78,7 @@ def test_a_damaged_adapter_is_made_again(
 ) -> None:
     tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
     replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
-    monkeypatch.setattr(replica, "_together", batched(replica, 1))
+    monkeypatch.setattr(replica, "_together", alone(replica))
     work = Internalization("acme", "doc", "A text.", TEXT, long=False)
 
     async def main() -> None:
@@ -89,7 +98,7 @@ def test_a_short_document_does_not_wait_for_a_long_one(
 ) -> None:
     tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
     replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
-    monkeypatch.setattr(replica, "_together", batched(replica, 1))
+    monkeypatch.setattr(replica, "_together", alone(replica))
     going_on = threading.Event()
 
     async def main() -> None:

@@ -14,8 +14,9 @@ from d2l.generation import SamplingConfig
 from pipelines.evaluate import needle_report as report
 from pipelines.evaluate.answers import AnswerLog, Answers, Evaluation, line
 from pipelines.evaluate.baselines import InContext, without_middle
+from pipelines.evaluate.intervals import wilson
 from pipelines.evaluate.needle_report import JoinConfig
-from pipelines.evaluate.needle_scores import scores, wilson
+from pipelines.evaluate.needle_scores import scores
 from pipelines.evaluate.needle_trial import Setting, Trial
 from pipelines.tracking import TrackingConfig
 

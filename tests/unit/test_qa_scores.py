@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from matplotlib import image
 from d2l.errors import UserError
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.intervals import share
 from pipelines.evaluate.qa_scores import scores
 from pipelines.evaluate.qa_trial import Trial
 from pipelines.evaluate.text_scores import MEASURES, measured, words
@@ -102,7 +104,7 @@ def test_scores_have_intervals_over_documents_and_a_gain(tmp_path) -> None:
     found, (gain,) = scores(trials, rows)
     wrong, right = found
     assert [(s.name, s.n) for s in found] == [("d2l_wrong_document", 40), ("d2l", 40)]
-    assert (wrong.f1, wrong.f1_low, wrong.f1_high) == (0, 0, 0)
+    assert (wrong.f1, wrong.f1_low, wrong.f1_high) == pytest.approx((0, 0, 0.0876), abs=1e-4)
     assert right.f1 == pytest.approx((1 + 2 / 3) / 2)
     assert 0.3 < right.exact_match_low < right.exact_match == 0.5 < right.exact_match_high < 0.7
     assert (right.seconds_per_document, right.seconds_per_answer, right.extra_bytes) == (2.0, 0.5, 1000)
@@ -129,3 +131,10 @@ def test_answers_are_a_text_or_a_list_or_as_the_hub_has_them(tmp_path: Path, ans
 def test_answers_that_are_no_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"column 'answers' needs texts, or lists of texts; a row has \[7\]"):
         asked(tmp_path / "a.parquet", [7])
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(0, 0, 0.278), (1, 0.722, 1)])
+def test_shares_of_nothing_or_all_have_intervals_too(right: int, low: float, high: float) -> None:
+    """As of ten documents, however many their questions."""
+    sizes = np.full(10, 4)
+    assert share(right * sizes, sizes) == pytest.approx((low, high), abs=1e-3)
