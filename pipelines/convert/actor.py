@@ -52,7 +52,9 @@ UPLOADS = 4
 _BLOCK_BYTES = 16 << 20
 """Texts between reading and internalizing travel in blocks of this size at most."""
 _RESULT = pa.schema([field for field in SCHEMA if field.name != "created_at"])
-_BLANK = {f.name: f.default for f in dataclasses.fields(Event) if f.name in _RESULT.names} | {"version": ""}
+_BLANK = {f.name: f.default for f in dataclasses.fields(Event) if f.name in _RESULT.names} | dict.fromkeys(
+    ("doc_id", "version"), ""
+)
 
 
 @dataclass(frozen=True, kw_only=True)

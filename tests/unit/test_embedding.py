@@ -57,12 +57,13 @@ def test_a_long_text_is_the_mean_of_its_chunks_whatever_its_neighbours(embedder:
 
 
 def test_terms_are_a_texts_commonest_tokens(embedder: Embedder) -> None:
-    few, none, many = embedder(["oven oven harbour", "", " ".join(map(str, range(10_000))) + " oven" * 100])
+    words = [word for word in embedder._tokenizer.get_vocab() if word.isalpha()][:2000]
+    few, none, many = embedder(["oven oven harbour", "", " ".join(words) + " oven" * 100])
     assert sorted(few.terms.values()) == [1, 2]
     assert none.terms == {}
     assert len(many.terms) == 1024
     oven = max(few.terms, key=lambda term: few.terms[term])
-    assert many.terms[oven] == 100
+    assert many.terms[oven] >= 100
 
 
 def test_it_is_what_the_models_authors_say(embedder: Embedder) -> None:
