@@ -10,6 +10,7 @@ and their like): layers and target modules are found by structure and name, neve
 import hashlib
 import importlib.util
 import json
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,8 @@ class BaseModel:
     model: "PreTrainedModel"
     tokenizer: PreTrainedTokenizerBase
     digests: Digests = field(repr=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Of who hooks into the model's modules."""
 
     @property
     def device(self) -> torch.device:

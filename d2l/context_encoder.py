@@ -89,6 +89,7 @@ class ContextEncoder:
         self.layers = base.layers[: self.depth]
         self.read_layers = [self.layers[layer] for layer in adapted]
         self.targets = {name: [base.targets(name)[layer] for layer in adapted] for name in target_modules}
+        self._lock = base.lock
         self.decoder = copy.copy(base.decoder)
         self.decoder._modules = dict(base.decoder._modules)
         name = next(name for name, child in base.decoder.named_children() if child is base.layers)
@@ -96,11 +97,12 @@ class ContextEncoder:
 
     @torch.no_grad()
     def __call__(self, batch: ChunkBatch) -> Features:
-        """Encode chunks; causal attention makes the padding on the right invisible."""
+        """Encode chunks; causal attention makes the padding on the right invisible. Threads take turns."""
         streams: list[Tensor] = []
         embedded: list[Tensor] = []
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.targets}
         with ExitStack() as stack:
+            stack.enter_context(self._lock)  # hooks on modules that others may be running, too
             if self.kind != "early_exit":
                 stack.enter_context(_recording(self.read_layers, streams))
             if self.kind == "activations":

@@ -1,7 +1,7 @@
 """The internalizer deployment: documents to adapters in the store, by the library's code path.
 
 Short documents of several callers share a batch. Long ones are read one by one, beside the short ones, which wait for
-none of them: so two threads at most touch the model at a time. The hypernetwork is `user_config`: another one takes
+none of them but for an encoder batch. The hypernetwork is `user_config`: another one takes
 over without a restart, and what has begun with the one before is finished with it.
 """
 
