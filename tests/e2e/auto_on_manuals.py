@@ -53,12 +53,11 @@ def main(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as root:
         catalogue = Catalogue(root)
         made = {"event": "ready", "embedding_model": embedder.name}
-        catalogue.append(
-            [
-                Event("default", f"{number}", "", **made, **embedder([pages[title]])[0]._asdict())
-                for number, title in enumerate(kept)
-            ]
-        )
+        events = []
+        for number, title in enumerate(kept):
+            (about,) = embedder([pages[title]])
+            events.append(Event("default", f"{number}", "", **made, embedding=about.vector, terms=about.terms))
+        catalogue.append(events)
         events, *index = catalogue.embeddings("default", embedder.name)
     ranking = Ranking(*index)
 
