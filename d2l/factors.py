@@ -44,8 +44,10 @@ def concat_ranks(parts: Sequence[Factors]) -> Factors:
 
 def level(factors: Factors) -> Factors:
     """The same updates, all modules of the largest one's rank: rows of zeros fill the others."""
-    rank = max((pair.a.shape[-2] for pair in factors.values()), default=0)
-    return map_tensors(factors, lambda t: pad(t, (0, 0, 0, rank - t.shape[-2])))
+    ranks = {pair.a.shape[-2] for pair in factors.values()}
+    if len(ranks) < 2:  # padding by nothing copies
+        return factors
+    return map_tensors(factors, lambda t: pad(t, (0, 0, 0, max(ranks) - t.shape[-2])))
 
 
 def stack(parts: Sequence[Factors]) -> Factors:

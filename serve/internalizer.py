@@ -1,8 +1,8 @@
 """The internalizer deployment: documents to adapters in the store, by the library's code path.
 
 Short documents of several callers share a batch. Long ones are read one by one, beside the short ones, which wait for
-none of them but for an encoder batch. The hypernetwork is `user_config`: another one takes
-over without a restart, and what has begun with the one before is finished with it.
+none of them but for an encoder batch. The hypernetwork is `user_config`: another one takes over without a restart, and
+what has begun with the one before is finished with it.
 """
 
 import asyncio

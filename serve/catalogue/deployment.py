@@ -29,7 +29,7 @@ _TAIL_S = 1.0
 """Pause between looks at the table and the file of keys; bulk changes are to be seen within 5 s."""
 _MOMENT = timedelta(microseconds=1)
 _MOST_UPLOADS = 10_000
-"""Uploads that are remembered while they run or after they failed."""
+"""Uploads that are remembered: those that run or have failed, and when the last of a document was accepted."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -96,7 +96,7 @@ class CatalogueDeployment:
         self._something_waits = asyncio.Event()
         self._written = datetime.min.replace(tzinfo=UTC)
         self._uploads: dict[tuple[str, str], Upload] = {}
-        self._accepted: dict[tuple[str, str], datetime] = {}
+        self._accepted: dict[tuple[str, str], datetime] = {}  # of each document's last upload or deletion
         self._limiters: dict[str, Limiter] = {}
         self._keys_file = Path(keys) if keys else None
         self._keys_time = 0.0
@@ -178,9 +178,8 @@ class CatalogueDeployment:
             events: list[Event] = []
             for waiting in group:
                 try:
-                    self._check_order(waiting)
-                    events.append(self._dated(waiting.event, waiting.key, events))
-                    waiting.event = events[-1]
+                    waiting.event = self._dated(waiting, events)
+                    events.append(waiting.event)
                 except ApiError as error:
                     waiting.fail(error)
             try:
@@ -193,25 +192,24 @@ class CatalogueDeployment:
             if not waiting.done.done():
                 waiting.done.set_result((waiting.event, position))
 
-    def _check_order(self, waiting: _Waiting) -> None:
-        """Whether nothing that was accepted later is there already: long documents take longer than short ones."""
-        document = waiting.event.tenant, waiting.event.doc_id
-        if waiting.accepted < self._accepted.get(document, waiting.accepted):
+    def _dated(self, waiting: _Waiting, group: Sequence[Event]) -> Event:
+        event, document = waiting.event, (waiting.event.tenant, waiting.event.doc_id)
+        if waiting.accepted < self._accepted.get(
+            document, waiting.accepted
+        ):  # a long document takes longer than others
             raise ApiError(409, "A later upload or deletion of this document came first.", "superseded")
+        current = self._catalogue.resolve(*document)
+        if event.event == "deleted":
+            if current:
+                event = replace(event, version=current.version, adapter_id=current.adapter_id)
+            elif document not in self._uploads:
+                raise ApiError(404, "There is no such document.", "document_not_found")
+        else:
+            check_room(self._catalogue, waiting.key, event.doc_id, event.bytes, group)
         self._accepted.pop(document, None)
         self._accepted[document] = waiting.accepted
         while len(self._accepted) > _MOST_UPLOADS:
             del self._accepted[next(iter(self._accepted))]
-
-    def _dated(self, event: Event, key: ApiKey, group: Sequence[Event]) -> Event:
-        current = self._catalogue.resolve(event.tenant, event.doc_id)
-        if event.event == "deleted":
-            if current:
-                event = replace(event, version=current.version, adapter_id=current.adapter_id)
-            elif (event.tenant, event.doc_id) not in self._uploads:
-                raise ApiError(404, "There is no such document.", "document_not_found")
-        else:
-            check_room(self._catalogue, key, event.doc_id, event.bytes, group)
         self._written = max(datetime.now(UTC), self._written + _MOMENT)
         return replace(event, created_at=max(self._written, current.created_at + _MOMENT if current else self._written))
 

@@ -144,9 +144,8 @@ class _Answers:
             raise as_api_error(error) from error
         event = None
         if choice and choice.similarity >= backend.min_similarity:
-            event = backend.directory.catalogue.resolve(
-                tenant, choice.doc_id
-            )  # it may be newer than the selector knows
+            # Its current version, which may be newer than the one that the selector knows.
+            event = backend.directory.catalogue.resolve(tenant, choice.doc_id)
         said = {
             "document": event.doc_id if event else None,
             "version": event.version if event else None,

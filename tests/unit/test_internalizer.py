@@ -31,13 +31,18 @@ def batched(replica: Any, size: int) -> Callable[[Any], Coroutine[Any, Any, Any]
     return together
 
 
-def alone(replica: Any) -> Callable[[Any], Coroutine[Any, Any, Any]]:
-    """A batch for each job."""
+@pytest.fixture
+def replica(tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One whose every document is a batch of its own."""
+    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
+    made = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
 
     async def together(job: Any) -> Any:
-        return (await replica._compute([job]))[0]
+        return (await made._compute([job]))[0]
 
-    return together
+    monkeypatch.setattr(made, "_together", together)
+    asyncio.run(made.reconfigure({"hypernetwork": str(tmp_path / "hypernetwork")}))
+    return made
 
 
 def test_another_hypernetwork_takes_over_between_documents(
@@ -73,16 +78,10 @@ def test_another_hypernetwork_takes_over_between_documents(
         assert store.get("acme", event.adapter_id).provenance.hypernetwork == event.hypernetwork
 
 
-def test_a_damaged_adapter_is_made_again(
-    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
-    replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
-    monkeypatch.setattr(replica, "_together", alone(replica))
+def test_a_damaged_adapter_is_made_again(replica: Any, tmp_path: Path) -> None:
     work = Internalization("acme", "doc", "A text.", TEXT, long=False)
 
     async def main() -> None:
-        await replica.reconfigure({"hypernetwork": str(tmp_path / "hypernetwork")})
         event = await replica.internalize(work)
         (weights,) = tmp_path.glob(f"store/adapters/acme/{event.adapter_id}/*.safetensors")
         before = weights.read_bytes()
@@ -93,16 +92,10 @@ def test_a_damaged_adapter_is_made_again(
     asyncio.run(main())
 
 
-def test_a_short_document_does_not_wait_for_a_long_one(
-    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
-    replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
-    monkeypatch.setattr(replica, "_together", alone(replica))
+def test_a_short_document_does_not_wait_for_a_long_one(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     going_on = threading.Event()
 
     async def main() -> None:
-        await replica.reconfigure({"hypernetwork": str(tmp_path / "hypernetwork")})
         compute = replica._maker.compute
         monkeypatch.setattr(
             replica._maker, "compute", lambda works: (works[0].long and going_on.wait(30), compute(works))[1]

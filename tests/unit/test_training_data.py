@@ -16,6 +16,7 @@ from d2l.hypernetwork import HypernetworkConfig
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.teacher import TOP
 from pipelines.training.batches import PackedBatch, collate, pack
+from pipelines.training.job import _anywhere
 from pipelines.training.parquet import open_row_groups
 from pipelines.training.stages import WINDOW_BATCHES, dev_batches, open_stages
 from pipelines.training.tasks import Document, FactsTask, NeedleTask, QuestionsTask, RepeatTask, SourceConfig, open_task
@@ -264,3 +265,15 @@ def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
 def test_mistakes_are_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_paths_hold_in_the_folders_that_workers_run_in(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "books.txt").write_text("One.")
+    monkeypatch.chdir(tmp_path)
+    tasks = QuestionsTask(), QuestionsTask("set"), RepeatTask("s3://bucket/set"), FactsTask()
+    recipe = Recipe("hub/model", stages=(Stage(1, tuple(map(Share, tasks))),), data="set", prose="books.txt")
+    whole = _anywhere(recipe)
+    assert (whole.base, whole.data, whole.prose) == ("hub/model", f"{tmp_path}/set", f"{tmp_path}/books.txt")
+    moved = [share.task for share in whole.stages[0].mixture]
+    assert moved == [tasks[0], QuestionsTask(f"{tmp_path}/set"), *tasks[2:]]
