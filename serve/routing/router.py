@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serve.routing.rendezvous import rank
@@ -25,13 +26,21 @@ class AdapterRouter(RequestRouter):
         """
         if pending_request:
             pending_request.routing_context.should_backoff = True  # when all are full; else Serve asks again at once
-            # Serve finds the request again by this id, which all calls made while answering one HTTP request share, and
-            # of which it remembers the first alone: the others would wait for ever.
-            self._pending_requests_by_id[pending_request.metadata.internal_request_id] = pending_request
         await asyncio.sleep(0)  # requests that were routed just now are sent first, and so are in the loads
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in _shuffled(replicas)}
         return [[replicas[name]] for name in rank(_key(pending_request), loads, self._comfortable)]
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        """Whom a replica that was found is for.
+
+        Serve's own looks for the id, which all calls made while answering one HTTP request share: one of them would get
+        the replica meant for another, and others wait for ever. The metadata are an object of each call's own.
+        """
+        waiting = (p for p in self._pending_requests_to_fulfill if p.metadata is request_metadata)
+        return next((request for request in waiting if not request.future.done()), None)
 
 
 def _shuffled(replicas: dict[str, RunningReplica]) -> list[tuple[str, RunningReplica]]:

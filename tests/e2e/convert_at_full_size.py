@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -52,7 +53,7 @@ class Config:
     options: tyro.conf.Positional[tuple[str, ...]] = ()
     """More options of `d2l convert`, after `--`."""
     name_columns: tuple[str, ...] = ("corpus", "title")
-    """Columns that name a page."""
+    """Columns that name a page; pages of one name are numbered."""
     pages: int | None = None
     """So many of them, from all over the file; by default all."""
     kills: int = 5
@@ -104,11 +105,15 @@ def _upload(config: Config, root: str) -> set[str]:
     table = pyarrow.parquet.read_table(config.source)
     if config.pages is not None:
         table = table.take([i * len(table) // config.pages for i in range(config.pages)])
-    names = ["/".join(row.values()) for row in table.select(config.name_columns).to_pylist()]
+    seen: Counter[str] = Counter()
+    names = []
+    for row in table.select(config.name_columns).to_pylist():
+        name = "/".join(row.values())
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.table({"id": names, "text": table["text"]}), sink)
     Storage(root).create("pages.parquet", sink.getvalue().to_pybytes())
-    assert len(set(names)) == len(names), "pages have the same name: give other --name-columns"
     return set(names)
 
 
