@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,8 +117,10 @@ class AdapterStore:
         Raises:
             UserError: there is none, or it is damaged.
         """
-        folder = _folder(tenant, adapter_id)
-        return Adapter.from_files(lambda name: self.storage.read(f"{folder}/{name}"), self.location(tenant, adapter_id))
+        folder, names = _folder(tenant, adapter_id), (COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE)
+        with ThreadPoolExecutor(len(names)) as pool:  # at once: object storage takes its time for each
+            reads = {name: pool.submit(self.storage.read, f"{folder}/{name}") for name in names}
+        return Adapter.from_files(lambda name: reads[name].result(), self.location(tenant, adapter_id))
 
     def exists(self, tenant: str, adapter_id: str) -> bool:
         """Whether the adapter is there, whole."""

@@ -10,11 +10,15 @@ Everything runs in this process, without Ray or HTTP around it, and all alternat
   ours and vLLM's, on the same machine, with the same model and numbers;
 - `first_token`: seconds to the first token of an answer about a document of so many tokens: with its adapter, with the
   document in the prompt (read in one pass by the library, which is faster than the engine's pieces), and with the
-  document's keys and values kept from before; `ratio` is in_context / adapter.
+  document's keys and values kept from before; `ratio` is in_context / adapter;
+- `cold_to_warm`: seconds to the first token with an adapter that must be read from the store first, over seconds with
+  one in memory. The store is a folder, every read of which takes 20 ms more, as from object storage.
 """
 
 import asyncio
+import itertools
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,15 +36,21 @@ from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.model import SHIPPED
+from d2l.storage import Storage
+from d2l.store import AdapterStore
 from d2l.tasks.needle import NeedleConfig, make_sample
 from pipelines.bench.timing import interleaved
+from serve.engine.adapter_disk import AdapterDisk
 from serve.engine.answer import Job
 from serve.engine.batcher import Batcher, BatcherConfig
+from serve.engine.deployment import Engine, EngineRequest
 from serve.engine.vllm import VllmBatcher
 
 _FEW = 8
 """Different adapters of `different8`."""
 _PEER_REQUESTS = 16
+_READ_S = 0.02
+_COLD_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
             str(length): _first_token(config, batcher, base, adapters[config.ranks[-1]][0], length)
             for length in config.lengths
         },
+        "cold_to_warm": _cold_to_warm(config, name, base, adapters[config.ranks[0]]),
     }
 
 
@@ -214,6 +225,35 @@ def _first_token(
     )
     sizes = {"adapter_bytes": adapter.nbytes, "kv_bytes": kv_bytes}
     return seconds | {"ratio": seconds["in_context"] / seconds["adapter"]} | sizes
+
+
+class _FarStorage(Storage):
+    def read(self, name: str) -> bytes:
+        time.sleep(_READ_S)
+        return super().read(name)
+
+
+def _cold_to_warm(config: BenchServeConfig, name: str, base: BaseModel, adapters: Sequence[Adapter]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        store = AdapterStore(folder)
+        ids = [f"{number:016x}" for number in range(len(adapters))]
+        for adapter_id, adapter in zip(ids, adapters, strict=True):
+            store.put("default", adapter_id, adapter)
+        store.storage = _FarStorage(folder)
+        room = 2 * adapters[0].nbytes
+        dtype = str(base.dtype).removeprefix("torch.")
+        engine = Engine.func_or_class(folder, name, str(base.device), dtype, room, 0, 60, BatcherConfig())
+        engine._disk = AdapterDisk(store, 0)
+        cold = itertools.cycle(ids[1:])  # as many as are not in memory any more when their turn comes again
+        prompt = "Write a long story about a harbour."
+
+        def ask(adapter_id: str) -> None:
+            request = EngineRequest(None, "default", (adapter_id,), SamplingConfig(1), prompt=prompt)
+            _runner().run(engine.complete(request))
+
+        alternatives = {"warm": lambda: ask(ids[0]), "cold": lambda: ask(next(cold))}
+        seconds = interleaved(alternatives, _COLD_ROUNDS)
+    return seconds["cold"] / seconds["warm"]
 
 
 def random_adapter(base: BaseModel, shapes: dict[str, tuple[int, int]], rank: int) -> Adapter:

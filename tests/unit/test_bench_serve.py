@@ -24,3 +24,4 @@ def test_the_report_is_complete(tiny_llama: BaseModel, tmp_path: Path):
     assert long["kv_bytes"] > 1.8 * short["kv_bytes"]
     number = {"float32": 4, "bfloat16": 2}[report["dtype"]]
     assert long["adapter_bytes"] == short["adapter_bytes"] == number * 4 * 4 * (56 + 32)  # four layers, rank 4
+    assert report["cold_to_warm"] > 1
