@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 
 from d2l.base_model import BaseModel, Digests
 from d2l.config import from_dict, to_dict
-from d2l.errors import UserError
+from d2l.errors import DamagedError, UserError
 from d2l.factors import Factors, LowRank, compress, concat_ranks, map_tensors, rank_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -191,25 +191,25 @@ class Adapter:
             details = json.loads(read(PROVENANCE_FILE))
             weights = read(WEIGHTS_FILE)
             if json.loads(seal(details)) != details:
-                raise UserError(f"{where}/{PROVENANCE_FILE}: does not have the digest it gives: damaged")
+                raise DamagedError(f"{where}/{PROVENANCE_FILE}: does not have the digest it gives: damaged")
             provenance = from_dict(Provenance, details["provenance"], f"{where}/{PROVENANCE_FILE}: provenance")
             if (found := hashlib.sha256(weights).hexdigest()) != details["weights_sha256"]:
                 wanted = details["weights_sha256"]
-                raise UserError(
+                raise DamagedError(
                     f"{where}/{WEIGHTS_FILE}: digest {found[:16]}, expected {wanted[:16]}: damaged or truncated"
                 )
             tensors = load(weights)
             factors, paths = _from_peft(tensors)
             adapter = cls(factors, int(details["bias_rank"]), float(details["scale"]), paths, provenance)
         except FileNotFoundError as error:
-            raise UserError(f"{where}: not a complete adapter of this package ({error})") from None
+            raise DamagedError(f"{where}: not a complete adapter of this package ({error})") from None
         except UserError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: damaged adapter ({type(error).__name__}: {error})") from error
+            raise DamagedError(f"{where}: damaged adapter ({type(error).__name__}: {error})") from error
         said, have = (config.get("r"), config.get("lora_alpha")), (adapter.rank, adapter.scale * adapter.rank)
         if said != have:
-            raise UserError(f"{where}: rank and lora_alpha are {have}, {COMMIT_MARK} says {said}: damaged")
+            raise DamagedError(f"{where}: rank and lora_alpha are {have}, {COMMIT_MARK} says {said}: damaged")
         return adapter
 
 

@@ -84,7 +84,7 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     digests: Digests = field(repr=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-    """Of who hooks into the model's modules."""
+    """Of who hooks into the model's modules: encoders, and `generate`."""
 
     @property
     def device(self) -> torch.device:

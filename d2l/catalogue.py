@@ -247,6 +247,14 @@ class Catalogue:
         document = self._documents.get(tenant, {}).get(doc_id)
         return document.last(version, hypernetwork) if document else None
 
+    def changed_at(self, tenant: str, doc_id: str) -> datetime | None:
+        """When a document last became another or was deleted; None if it never was there."""
+        document = self._documents.get(tenant, {}).get(doc_id)
+        if document is None:
+            return None
+        last, deleted = document.last(), document.deleted
+        return max(order[0] for order in (last and last.order, deleted) if order)
+
     def resolve_together(self, tenant: str, documents: Sequence[tuple[str, str | None]]) -> list[Event | None]:
         """As `resolve`, of documents and versions whose adapters are to be composed, so have to be of one hypernetwork.
 

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from d2l.chunking import Affixes, ChunkingConfig, batch_chunks, split_evenly
 from d2l.errors import UserError
 from d2l.model_files import locate, weights_digest
+from d2l.precision import float32_products
 
 BUNDLED = "all-minilm-l6-v2"
 """The embedding model that needs no download."""
@@ -149,7 +150,8 @@ class Embedder:
     def _vectors(self, chunks: list[Sequence[int]]) -> Tensor:
         """Unit vectors [chunks, width]."""
         batch = batch_chunks(chunks, self._affixes, self._tokenizer.pad_token_id).to(self._model.device)
-        hidden_CTD = self._model(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
+        with float32_products():
+            hidden_CTD = self._model(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
         pooled_CD = hidden_CTD[:, 0] if self._first_token else (hidden_CTD * batch.mask.unsqueeze(-1)).sum(1)
         return F.normalize(pooled_CD, dim=-1)
 

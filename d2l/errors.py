@@ -9,5 +9,9 @@ class UserError(ValueError):
     """A bad input: a document, a file, an option, a checkpoint for another base model."""
 
 
+class DamagedError(UserError):
+    """What is stored is not what was written: making it anew mends that."""
+
+
 class StorageError(UserError):
     """Storage is out of reach, full or forbidden: the same call may do well later."""

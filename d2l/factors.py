@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from d2l.precision import float32_products
+
 
 class LowRank(NamedTuple):
     """A [layers, ..., rank, d_in] and B [layers, ..., rank, d_out] of one target module, of one dtype."""
@@ -159,11 +161,12 @@ def sketch(factors: Factors, rank: int, iterations: int = 1) -> tuple[Factors, f
                 range_of = update @ (update.mT @ (range_of / range_of.norm().clamp(min=tiny)))
             basis = torch.linalg.qr(range_of.float())[0]
             inside = (basis.to(a).mT @ update).float()
-            energy, u = torch.linalg.eigh(inside @ inside.mT)
-            energy, u = energy.flip(-1)[:rank].clamp(min=0), u.flip(-1)[:, :rank]
-            root = energy.sqrt().sqrt()
-            root = root.clamp(min=1e-12).maximum(1e-3 * root[:1])  # else rows of no energy have A huge and B tiny
-            pairs.append(LowRank(((u / root).mT @ inside).to(a), ((basis @ u) * root).mT.to(b)))
+            with float32_products():
+                energy, u = torch.linalg.eigh(inside @ inside.mT)
+                energy, u = energy.flip(-1)[:rank].clamp(min=0), u.flip(-1)[:, :rank]
+                root = energy.sqrt().sqrt()
+                root = root.clamp(min=1e-12).maximum(1e-3 * root[:1])  # else rows of no energy have A huge and B tiny
+                pairs.append(LowRank(((u / root).mT @ inside).to(a), ((basis @ u) * root).mT.to(b)))
             captured += energy.sum().item()
             total += update.float().square().sum().item()
         missing = rank - pairs[0].a.shape[0]

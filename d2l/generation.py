@@ -72,7 +72,7 @@ def generate(
         eos_token_id=base.stop_ids,
         pad_token_id=base.pad_id,
     )
-    with inject(base, *place_rows(base, adapters)):
+    with base.lock, inject(base, *place_rows(base, adapters)):
         output = base.model.generate(  # type: ignore[operator]
             input_ids=ids.to(base.device),
             attention_mask=mask.to(base.device),

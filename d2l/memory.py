@@ -13,16 +13,14 @@ The order of rows does not matter, and memory is bounded: beyond a document's fi
 their place, and give the same update.
 """
 
-import threading
-
 import torch
 from torch import Tensor
 
 from d2l.factors import Factors, LowRank, concat_ranks, level, rank_of
+from d2l.precision import bfloat16_products
 
 Strengths = dict[str, Tensor]
 """Target module -> s of each layer, [layers] float32."""
-_precision = threading.Lock()
 
 
 class Memory:
@@ -129,13 +127,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """In float32. Of bfloat16 matrices, CPUs get the same far sooner if they may take the numbers for what they are."""
     if left.dtype != torch.bfloat16 or left.device.type != "cpu":
         return left.float() @ right.float()
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _precision:  # the setting is the process's
-        before, setting.fp32_precision = setting.fp32_precision, "bf16"
-        try:
-            return left.float() @ right.float()
-        finally:
-            setting.fp32_precision = before
+    with bfloat16_products():
+        return left.float() @ right.float()
 
 
 def _as_factors(update: Tensor, dtype: torch.dtype) -> LowRank:

@@ -35,18 +35,21 @@ class Ranking:
         having_T = np.diff(self._scores_NT.indptr)
         self._rarity_T = np.log1p((len(vectors_ND) - having_T + 0.5) / (having_T + 0.5))
 
-    def best(self, vector_D: np.ndarray, terms: Collection[int]) -> tuple[int, float]:
+    def best(self, vector_D: np.ndarray, terms: Collection[int], least: float = -1.0) -> tuple[int, float]:
         """The document that fits a question best.
 
         Args:
             vector_D: the question's embedding.
             terms: its tokens, each once.
+            least: cosine of documents that come into question; where all have less, the nearest is the best.
 
         Returns:
             The document's number, and the cosine of its embedding and the question's.
         """
         cosines_N = self._vectors_ND @ vector_D
+        if cosines_N.max() < least:
+            return int(cosines_N.argmax()), float(cosines_N.max())
         known = [term for term in terms if term < len(self._rarity_T)]
         words_N = self._scores_NT[:, known] @ self._rarity_T[known]
-        number = int((cosines_N + _WORDS * words_N).argmax())
+        number = int(np.where(cosines_N >= least, cosines_N + _WORDS * words_N, -np.inf).argmax())
         return number, float(cosines_N[number])

@@ -8,7 +8,7 @@ through here; of the usual AWS variables only the endpoint and the region need t
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,9 +25,14 @@ _LARGEST_PUT = 5 << 30
 """Bytes that S3 takes in one request."""
 
 
-def absolute(name: str) -> str:
-    """A local file or folder by its whole path, for processes that run in other folders; other names as they are."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+def absolute(name: str, known: Collection[str] = ()) -> str:
+    """A local file or folder by its whole path, for processes that run in other folders; other names as they are.
+
+    Args:
+        name: of a file, a folder or something else.
+        known: names that mean something else, whatever lies here.
+    """
+    return str(Path(name).absolute()) if name not in known and Path(name).exists() else name
 
 
 class Storage:
@@ -139,6 +144,18 @@ class Storage:
             with suppress(OSError):
                 Path(self.path(name)).rmdir()
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write file `name`, whole or not at all; what was there goes only then.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with reported(self.url(name)):
+            if self.is_local:
+                _write_local(Path(self.path(name)), data, os.replace)
+            else:
+                self.filesystem.pipe_file(self.path(name), data)
+
     def create(self, name: str, data: bytes) -> bool:
         """Write file `name`, whole or not at all, unless there is one; of several writers the first wins.
 
@@ -151,7 +168,8 @@ class Storage:
         try:
             with reported(self.url(name)):
                 if self.is_local:
-                    _create_local(Path(self.path(name)), data)
+                    # Unlike a rename, a link refuses to replace what another writer put there.
+                    _write_local(Path(self.path(name)), data, os.link)
                 else:
                     _create_remote(self.filesystem, self.path(name), data)
         except FileExistsError:
@@ -222,13 +240,13 @@ def _s3_code(error: Exception) -> str:
     return cause.response.get("Error", {}).get("Code", "") if isinstance(cause, ClientError) else ""
 
 
-def _create_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes, appear: Callable[[str, Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
         Path(partial).chmod(0o644)
-        os.link(partial, path)  # unlike a rename, a link refuses to replace what another writer put there
+        appear(partial, path)
     finally:
-        os.unlink(partial)
+        Path(partial).unlink(missing_ok=True)

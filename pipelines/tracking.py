@@ -44,13 +44,13 @@ class TrackingConfig:
 
 
 def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str, str] | None = None) -> TrackingConfig:
-    """Continue `config.run_id`, or open a run with the fields of the dataclass `parameters`.
+    """Continue `config.run_id` where it is there, else open a run with the fields of the dataclass `parameters`.
 
     Returns:
         The configuration with the run's id, and valid in any folder: workers run in others than the command.
 
     Raises:
-        UserError: MLflow cannot be reached, or has no such run.
+        UserError: MLflow cannot be reached.
     """
     if re.match("sqlite:///[^/]", config.uri):
         config = replace(config, uri=config.uri.replace("sqlite:///", f"sqlite:///{Path.cwd()}/"))

@@ -102,7 +102,7 @@ class ServeConfig:
     """Model of the embeddings by which the name `auto` chooses a document, the one that the store was converted with:
     a bundled name, a folder, s3:// or a hub id; or `none`."""
     min_similarity: float = 0.35
-    """Cosine of a question and the nearest document below which `auto` is the bare base model."""
+    """Cosine of a question and a document below which the document is none for `auto`; without any it is the base."""
     keys: str | None = None
     """File of API keys (`d2l keys add`), read again when it changes; without it everybody is the tenant `default`."""
 
@@ -140,7 +140,7 @@ class ServeConfig:
 def build(config: ServeConfig) -> serve.Application:
     """The deployment graph."""
     store = Storage(config.store).root  # replicas may run in other folders
-    base = absolute(config.base)
+    base = absolute(config.base, BUNDLED_MODELS)
     ongoing = 2 * config.max_batch_size  # one batch runs, the next one is already there
     engine = Engine.options(
         **_replicas(config),
@@ -226,7 +226,7 @@ def _hypernetwork(config: ServeConfig) -> str | None:
 def _embedding(config: ServeConfig) -> str | None:
     if config.embedding == "none":
         return None
-    return absolute(config.embedding)
+    return absolute(config.embedding, (BUNDLED,))
 
 
 def run(config: ServeConfig, blocking: bool = True) -> None:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 
 RETRY_AFTER_S = 1
 """When an overloaded server should be asked again."""
@@ -45,6 +45,14 @@ def storage_error(error: UserError) -> ApiError:
     """What to tell the client where storage fails: not its mistake, and the places are none of its business."""
     logger.error("storage failed: %s", error)
     return ApiError(503, "The storage is out of reach. Try again.", "storage_unavailable")
+
+
+def adapter_error(error: UserError) -> ApiError:
+    """What to tell the client of an adapter that cannot be read: not its mistake either."""
+    if isinstance(error, StorageError):
+        return storage_error(error)
+    logger.error("adapter cannot be read: %s", error)
+    return ApiError(500, "This model's adapter cannot be loaded; the server's log says why.", "adapter_unavailable")
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -19,12 +19,12 @@ from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
 from d2l.catalogue import Event
 from d2l.embedding import Embedder, Embedding, EmbeddingModel
-from d2l.errors import StorageError, UserError
+from d2l.errors import DamagedError, UserError
 from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import Document
 from d2l.model import DocToLora
 from d2l.store import AdapterStore, adapter_id
-from serve.errors import ApiError, storage_error
+from serve.errors import ApiError, adapter_error, storage_error
 
 _BATCH_WAIT_S = 0.02
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
@@ -62,6 +62,7 @@ class Internalizer:
         self._maker: _Maker | None = None
         self._store = AdapterStore(store)
         self._embedder = Embedder(EmbeddingModel.of(embedding), device) if embedding else None
+        self._mending = asyncio.Lock()
         self._computing = {long: asyncio.Lock() for long in (False, True)}
         self._seconds = Histogram(
             "d2l_internalize_s", "A document's time in a stage, waiting included.", _SECONDS, ("stage",)
@@ -136,14 +137,24 @@ class Internalizer:
     async def _stored(self, tenant: str, target: str) -> Adapter | None:
         """The adapter, if it is there already; one that is damaged is removed, to be made again."""
         try:
-            if await asyncio.to_thread(self._store.exists, tenant, target):
-                return await asyncio.to_thread(self._store.get, tenant, target)
-        except StorageError as error:
-            raise storage_error(error) from error
+            try:
+                return await asyncio.to_thread(self._look, tenant, target)
+            except DamagedError:
+                async with self._mending:
+                    return await asyncio.to_thread(self._mended, tenant, target)
         except UserError as error:
+            raise adapter_error(error) from error
+
+    def _look(self, tenant: str, target: str) -> Adapter | None:
+        return self._store.get(tenant, target) if self._store.exists(tenant, target) else None
+
+    def _mended(self, tenant: str, target: str) -> Adapter | None:
+        try:
+            return self._look(tenant, target)  # another upload may have made it again by now
+        except DamagedError as error:
             logger.error("adapter is made again: %s", error)
-            await asyncio.to_thread(self._store.remove, tenant, target)
-        return None
+            self._store.remove(tenant, target)
+            return None
 
     async def _embedding(self, work: Internalization) -> Embedding | None:
         if self._embedder is None:

@@ -48,8 +48,13 @@ class Selector:
         self._using_table = asyncio.Lock()
         self._tailing = asyncio.create_task(self._tail())
 
-    async def select(self, tenant: str, question: str) -> Choice | None:
-        """The document nearest to the question; None where there is none with an embedding.
+    async def select(self, tenant: str, question: str, least: float) -> Choice | None:
+        """The document that fits the question best; None where there is none with an embedding.
+
+        Args:
+            tenant: whose documents.
+            question: what is asked.
+            least: similarity of documents that come into question; where all have less, it is the nearest one's.
 
         Raises:
             ApiError: the storage fails.
@@ -58,7 +63,7 @@ class Selector:
         if ranking is None:
             return None
         asked = await self._embed(question)
-        best, similarity = ranking.best(np.array(asked.vector, np.float32), asked.terms)
+        best, similarity = ranking.best(np.array(asked.vector, np.float32), asked.terms, least)
         return Choice(events[best].doc_id, similarity)
 
     def check_health(self) -> None:

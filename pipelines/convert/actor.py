@@ -26,7 +26,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.util.metrics import Counter
 
 from d2l.adapter import Adapter, check_rank
-from d2l.base_model import parse_dtype
+from d2l.base_model import BUNDLED_MODELS, parse_dtype
 from d2l.catalogue import SCHEMA, Catalogue, Event
 from d2l.chunking import check_text
 from d2l.config import from_dict
@@ -99,7 +99,8 @@ class ConversionConfig:
         folder = str(Path(self.hypernetwork).absolute())
         check_rank(self.internalize.max_rank, Checkpoint.of(folder).config.bias_rank)
         parse_dtype(self.dtype, torch.device("cpu"))
-        base, embedding = self.base and absolute(self.base), absolute(self.embedding)
+        base = self.base and absolute(self.base, BUNDLED_MODELS)
+        embedding = absolute(self.embedding, (BUNDLED, "none"))
         store = Storage(self.store).root
         config = dataclasses.replace(self, store=store, hypernetwork=folder, base=base, embedding=embedding)
         config.embedding_model()

@@ -137,20 +137,18 @@ class _Seen:
     def __init__(self) -> None:
         self.doc_ids: set[str] = set()
         self.damaged: set[str] = set()
-        self._places: set[tuple[str, str]] = set()
+        self._places: dict[str, str] = {}
 
     def has(self, event: Event) -> bool:
         """Whether a document is there; seen from a folder above or below, its id is longer or shorter."""
-        return event.doc_id in self.doc_ids or (event.source_uri, _last_part(event.doc_id)) in self._places
+        there = self._places.get(event.source_uri)
+        ids = sorted((event.doc_id, there or ""), key=len)
+        return event.doc_id in self.doc_ids or (bool(there) and ids[1].endswith(f"/{ids[0]}"))
 
     def add(self, rows: list[Row]) -> None:
         self.doc_ids.update(row["doc_id"] for row in rows)
-        self._places.update((row["source_uri"], _last_part(row["doc_id"])) for row in rows)
+        self._places.update((row["source_uri"], row["doc_id"]) for row in rows)
         self.damaged.update(_file(row["source_uri"]) for row in rows if row["event"] == "failed")
-
-
-def _last_part(doc_id: str) -> str:
-    return doc_id.rpartition("/")[2]
 
 
 def _file(source_uri: str) -> str:

@@ -1,9 +1,12 @@
 """What all evaluations can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
+from d2l.base_model import BUNDLED_MODELS
 from d2l.model import SHIPPED
+from d2l.storage import absolute
 from pipelines.tracking import TrackingConfig
 
 
@@ -23,3 +26,13 @@ class EvaluateConfig:
     """Folder for what is found, where the same command continues; a passing one by default."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is recorded."""
+
+    def anywhere(self, *names: str) -> Self:
+        """With whole paths, for actors run in other folders than the command.
+
+        Args:
+            names: more fields with a path, or None.
+        """
+        given = {name: path for name in ("hypernetwork", *names) if (path := getattr(self, name))}
+        paths = {name: type(path)(absolute(str(path))) for name, path in given.items()}
+        return replace(self, base=self.base and absolute(self.base, BUNDLED_MODELS), **paths)

@@ -7,7 +7,7 @@ them. What it costs in answers to other questions stands in every report of `d2l
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def evaluate_interference(config: EvaluateInterferenceConfig) -> dict[str, Any]:
     """
     if config.passages < 2 or config.tokens < 2 or config.workers < 1:
         raise UserError("--passages and --tokens must be at least 2, --workers at least 1")
-    config = replace(config, hypernetwork=config.hypernetwork.absolute())  # actors may run in other folders
+    config = config.anywhere()
     fingerprint = read_config(config.hypernetwork)["fingerprint"]
     documents, texts = (load_prose(path, held_out=True) for path in (config.documents, config.prose))
     pairs = [

@@ -8,12 +8,10 @@ and nothing else is said. Answers are written down as they come: the same comman
 it stopped, and with more lengths or samples it adds those.
 """
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -80,9 +78,7 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
     Raises:
         UserError: bad options, no such checkpoint or base model, or a folder with answers of another setting.
     """
-    # Actors may run in other folders than the command.
-    prose = str(Path(config.prose).absolute()) if config.prose and "://" not in config.prose else config.prose
-    config = dataclasses.replace(config, hypernetwork=config.hypernetwork.absolute(), prose=prose)
+    config = config.anywhere("prose")
     setting = _check(config)
     with running(setting, Trial, f"needle-{config.haystack}-{config.needles}", config) as evaluation:
         log = evaluation.log

@@ -9,7 +9,8 @@ document has. Rows:
 - `static`: the one adapter of a hypernetwork whose generator is `static`, which knows the kind of answer, no document;
 - `tuned_reader`: such a one that was trained, and is asked, with the document in the prompt, the most one can hope for;
 - `context_distillation`: a LoRA trained for this document, on questions that the base model writes about it, and
-  `context_distillation_oracle`, on those that are asked (see `distillation`);
+  `context_distillation_oracle`, on those that are asked (see `distillation`); none where the document exceeds the
+  window, so those answers are the base model's;
 - `d2l_wrong_document`: another document's adapter; `d2l`; `d2l_rank16` and the like: its adapter compressed further.
 
 Answers are written down as they come: the same command into the same folder continues where it stopped.
@@ -18,7 +19,7 @@ Answers are written down as they come: the same command into the same folder con
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,7 @@ def evaluate_facts(config: EvaluateFactsConfig) -> dict[str, Any]:
 
 
 def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str, Any]:
-    folders = {name: getattr(config, name) for name in ("hypernetwork", "static", "tuned_reader")}
-    # Actors may run in other folders.
-    config = replace(config, **{name: folder.absolute() for name, folder in folders.items() if folder})
+    config = config.anywhere("static", "tuned_reader")
     setting = _check(config, qa_data.digest(exams))
     with running(setting, Trial, name, config) as evaluation:
         log, folder = evaluation.log, evaluation.folder

@@ -18,7 +18,7 @@ import torch
 import tyro
 from ray.train.torch import TorchTrainer
 
-from d2l.base_model import load_base_model
+from d2l.base_model import BUNDLED_MODELS, load_base_model
 from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, read_config
@@ -208,8 +208,8 @@ def _anywhere(recipe: Recipe) -> Recipe:
         replace(stage, mixture=tuple(replace(share, task=whole(share.task)) for share in stage.mixture))
         for stage in recipe.stages
     )
-    paths = {name: absolute(path) for name in ("base", "data", "prose") if (path := getattr(recipe, name))}
-    return replace(recipe, stages=stages, **paths)
+    paths = {name: absolute(path) for name in ("data", "prose") if (path := getattr(recipe, name))}
+    return replace(recipe, stages=stages, base=absolute(recipe.base, BUNDLED_MODELS), **paths)
 
 
 def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storage: Storage) -> TrackingConfig:
@@ -222,8 +222,8 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     run_id = ""
     if storage.exists(_RUN_FILE):
         run = json.loads(storage.read(_RUN_FILE))
-        there = to_dict(from_dict(Recipe, run["recipe"], f"{storage.url(_RUN_FILE)}: recipe"))  # with today's defaults
-        if differing := sorted(_differences(there, plain)):
+        there = _anywhere(from_dict(Recipe, run["recipe"], f"{storage.url(_RUN_FILE)}: recipe"))  # today's defaults
+        if differing := sorted(_differences(to_dict(there), plain)):
             raise UserError(
                 f"{storage.url()}: has a run of another recipe; it differs in {', '.join(differing[:8])}. "
                 "Give another --output, and --init-from to start from that run's weights"
@@ -241,8 +241,7 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     if record.run_id != run_id:
         with tracking.forgiven("the recipe"):
             tracking.log_json(record, plain, "recipe.json")
-        storage.remove(_RUN_FILE)
-        storage.create(_RUN_FILE, json.dumps({"mlflow_run": record.run_id, "recipe": plain}, indent=2).encode())
+        storage.replace(_RUN_FILE, json.dumps({"mlflow_run": record.run_id, "recipe": plain}, indent=2).encode())
     return record
 
 

@@ -268,8 +268,9 @@ class _Scribe:
         if evaluates and self._dev:
             scores = evaluate(self._learner, self._base, self._dev, self._affixes)
             logged |= scores
-            if state["best"] is None or not state["best"]["dev_loss"] <= scores["dev_loss"]:  # it may have been NaN
-                state["best"] = {"step": step, "dev_loss": scores["dev_loss"]}
+            loss, best = scores["dev_loss"], state["best"] and state["best"]["dev_loss"]
+            if best is None or loss < best or math.isnan(best):
+                state["best"] = {"step": step, "dev_loss": loss}
                 with self._best.writing(step, state["best"]) as folder:
                     hypernetwork.save_pretrained(folder)
             self._tracker.log_table(answer_samples(self._learner, self._base, self._dev, self._affixes), step)

@@ -28,8 +28,9 @@ POLL_S = 1.0
 _TAIL_S = 1.0
 """Pause between looks at the table and the file of keys; bulk changes are to be seen within 5 s."""
 _MOMENT = timedelta(microseconds=1)
+_NEVER = datetime.min.replace(tzinfo=UTC)
 _MOST_UPLOADS = 10_000
-"""Uploads that are remembered: those that run or have failed, and when the last of a document was accepted."""
+"""Uploads that are remembered: those that run or have failed."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,13 +45,15 @@ class Upload:
     """First 12 hex digits of the text's digest."""
     gateway: str
     """Who is at it."""
+    accepted: datetime = _NEVER
+    """When it was: its event is dated so, and goes behind all that has happened to the document since."""
     status: Literal["processing", "failed"] = "processing"
     reason: str = ""
     """Why it failed."""
 
     def is_settled_by(self, event: Event) -> bool:
         """Whether there is nothing more to say of it once the event has happened to its document."""
-        return self.status == "failed" or self.version == event.version or event.event == "deleted"
+        return event.event != "failed" and event.created_at >= self.accepted
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class _Waiting:
 
     event: Event
     key: ApiKey
-    accepted: datetime
-    """When the gateway took it."""
+    accepted: datetime | None
+    """When, if not now."""
     done: asyncio.Future[tuple[Event, int]]
     """The event as written, and the feed's position after it."""
 
@@ -94,9 +97,8 @@ class CatalogueDeployment:
         self._using_table = asyncio.Lock()
         self._waiting: list[_Waiting] = []
         self._something_waits = asyncio.Event()
-        self._written = datetime.min.replace(tzinfo=UTC)
+        self._last = _NEVER
         self._uploads: dict[tuple[str, str], Upload] = {}
-        self._accepted: dict[tuple[str, str], datetime] = {}  # of each document's last upload or deletion
         self._limiters: dict[str, Limiter] = {}
         self._keys_file = Path(keys) if keys else None
         self._keys_time = 0.0
@@ -112,17 +114,16 @@ class CatalogueDeployment:
         """News after `seen`: events, uploads, keys. None for who has to subscribe again."""
         return await self._feed.poll(gateway, seen, POLL_S)
 
-    async def commit(self, event: Event, key: ApiKey, accepted: datetime) -> Event:
+    async def commit(self, event: Event, key: ApiKey, accepted: datetime | None = None) -> Event:
         """Write an event, dated after all that the document had; every gateway goes by it when this returns.
 
         Args:
             event: an upload that is ready, or a deletion.
             key: whose.
-            accepted: when the gateway took the upload or deletion.
+            accepted: of an upload that was accepted before: it is dated so, and what has come since stays current.
 
         Raises:
-            ApiError: there is nothing to delete, a later upload or deletion came first (409), the key's limits leave
-                no room, or the storage fails.
+            ApiError: there is nothing to delete, the key's limits leave no room, or the storage fails.
         """
         waiting = _Waiting(event, key, accepted, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -131,11 +132,20 @@ class CatalogueDeployment:
         await self._feed.delivered(position)
         return written
 
-    async def report(self, upload: Upload) -> None:
-        """Tell all gateways of an upload that goes on, or has failed; of one that another has replaced, nobody."""
+    async def accept(self, upload: Upload) -> Upload:
+        """Tell all gateways of an upload that goes on; the upload, with the time."""
+        upload = replace(upload, accepted=self._now(upload.tenant, upload.doc_id))
+        await self._tell(upload)
+        return upload
+
+    async def fail(self, upload: Upload, reason: str) -> None:
+        """Tell all gateways that an upload has failed, unless something else has happened to its document since."""
         there = self._uploads.get((upload.tenant, upload.doc_id))
-        if upload.status == "failed" and (there is None or there.version != upload.version):
-            return
+        changed = self._catalogue.changed_at(upload.tenant, upload.doc_id)
+        if not (there and there.accepted > upload.accepted) and not (changed and changed >= upload.accepted):
+            await self._tell(replace(upload, status="failed", reason=reason))
+
+    async def _tell(self, upload: Upload) -> None:
         self._uploads.pop((upload.tenant, upload.doc_id), None)
         self._uploads[upload.tenant, upload.doc_id] = upload
         while len(self._uploads) > _MOST_UPLOADS:
@@ -194,24 +204,24 @@ class CatalogueDeployment:
 
     def _dated(self, waiting: _Waiting, group: Sequence[Event]) -> Event:
         event, document = waiting.event, (waiting.event.tenant, waiting.event.doc_id)
-        if waiting.accepted < self._accepted.get(
-            document, waiting.accepted
-        ):  # a long document takes longer than others
-            raise ApiError(409, "A later upload or deletion of this document came first.", "superseded")
-        current = self._catalogue.resolve(*document)
         if event.event == "deleted":
+            current = self._catalogue.resolve(*document)
             if current:
                 event = replace(event, version=current.version, adapter_id=current.adapter_id)
             elif document not in self._uploads:
                 raise ApiError(404, "There is no such document.", "document_not_found")
         else:
             check_room(self._catalogue, waiting.key, event.doc_id, event.bytes, group)
-        self._accepted.pop(document, None)
-        self._accepted[document] = waiting.accepted
-        while len(self._accepted) > _MOST_UPLOADS:
-            del self._accepted[next(iter(self._accepted))]
-        self._written = max(datetime.now(UTC), self._written + _MOMENT)
-        return replace(event, created_at=max(self._written, current.created_at + _MOMENT if current else self._written))
+        if waiting.accepted is None:
+            before = [other.created_at for other in group if (other.tenant, other.doc_id) == document]
+            return replace(event, created_at=self._now(*document, *before))
+        return replace(event, created_at=waiting.accepted)
+
+    def _now(self, tenant: str, doc_id: str, *before: datetime) -> datetime:
+        """Later than all that was told, and than all that the document had by clocks that may be ahead."""
+        self._last = max(datetime.now(UTC), self._last + _MOMENT)
+        changed = self._catalogue.changed_at(tenant, doc_id) or _NEVER
+        return max(self._last, *(time + _MOMENT for time in (changed, *before)))
 
     async def _publish(self, events: Sequence[Event]) -> int:
         for event in events:
@@ -234,8 +244,7 @@ class CatalogueDeployment:
         await asyncio.sleep(_TAIL_S)
         for upload in list(self._uploads.values()):
             if upload.status == "processing" and not self._feed.alive(upload.gateway):
-                reason = "the server was interrupted; upload it again"
-                await self.report(replace(upload, status="failed", reason=reason))
+                await self.fail(upload, "the server was interrupted; upload it again")
 
     async def _read_keys(self) -> None:
         if self._keys_file is None:

@@ -139,7 +139,7 @@ class _Answers:
         if backend.selector is None:
             raise _not_found(model, "this server has no embedding model to choose documents by")
         try:
-            choice: Choice | None = await backend.selector.select.remote(tenant, question)
+            choice: Choice | None = await backend.selector.select.remote(tenant, question, backend.min_similarity)
         except Exception as error:
             raise as_api_error(error) from error
         event = None

@@ -7,8 +7,8 @@ one is answered with 202 at once; GET tells when it is ready, or why it is not.
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -113,7 +113,7 @@ def documents_router(backend: Backend) -> APIRouter:
         if catalogue.resolve(key.tenant, doc_id) is None and backend.directory.upload(key.tenant, doc_id) is None:
             raise _not_found(doc_id)
         try:
-            await backend.catalogue.commit.remote(Event(key.tenant, doc_id, "", "deleted"), key, datetime.now(UTC))
+            await backend.catalogue.commit.remote(Event(key.tenant, doc_id, "", "deleted"), key)
         except Exception as error:
             raise as_api_error(error) from error
         return {"id": doc_id, "object": "document", "deleted": True}
@@ -128,7 +128,6 @@ class _Given:
     doc_id: str
     text: str
     extractor: str
-    accepted: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
     def version(self) -> str:
@@ -202,8 +201,8 @@ class _Uploads:
         self._running: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_GOING_ON_AT_ONCE)
 
-    async def finish(self, given: _Given, key: ApiKey) -> Event:
-        """Internalize a document and commit it.
+    async def finish(self, given: _Given, key: ApiKey, accepted: datetime | None = None) -> Event:
+        """Internalize a document and commit it, as of when it was accepted.
 
         Raises:
             ApiError: it cannot be done.
@@ -216,7 +215,7 @@ class _Uploads:
             work = Internalization(key.tenant, given.doc_id, given.text, given.extractor, long)
             event = await backend.internalizer.internalize.remote(work)
             backend.charge(key, event.tokens)
-            return await backend.catalogue.commit.remote(event, key, given.accepted)
+            return await backend.catalogue.commit.remote(event, key, accepted)
         except Exception as error:  # Serve would answer some of these itself, in a format of its own
             raise as_api_error(error) from error
 
@@ -226,11 +225,11 @@ class _Uploads:
         if len(self._running) >= _MOST_GOING_ON:
             raise ApiError(429, "Too many long documents are being read. Try again later.", "overloaded", 60)
         upload = Upload(key.tenant, given.doc_id, given.version, self._backend.directory.name)
-        reported = asyncio.ensure_future(self._report(upload))
-        task = asyncio.create_task(self._go_on(given, key, upload, reported))
+        accepted = asyncio.ensure_future(self._accepted(upload))
+        task = asyncio.create_task(self._go_on(given, key, accepted))
         self._running.add(task)
         task.add_done_callback(self._ended)
-        await asyncio.shield(reported)  # if the client leaves, what it has sent is gone on with
+        upload = await asyncio.shield(accepted)  # if the client leaves, what it has sent is gone on with
         current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
         return _uploading(self._backend.alias, upload, current)
 
@@ -241,22 +240,22 @@ class _Uploads:
             raise ApiError(403, message, "documents_not_taken")
         check_room(self._backend.directory.catalogue, key, given.doc_id)
 
-    async def _go_on(self, given: _Given, key: ApiKey, upload: Upload, reported: asyncio.Future[None]) -> None:
-        await reported
+    async def _go_on(self, given: _Given, key: ApiKey, accepted: asyncio.Future[Upload]) -> None:
+        upload = await accepted
         try:
             async with self._turns:  # else they would take the internalizers' queues from short ones
-                await self.finish(given, key)
+                await self.finish(given, key, upload.accepted)
         except ApiError as error:
-            await self._report(replace(upload, status="failed", reason=error.message))
+            await self._backend.catalogue.fail.remote(upload, error.message)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()):
             logger.error("the end of an upload could not be told: %s", error)
 
-    async def _report(self, upload: Upload) -> None:
+    async def _accepted(self, upload: Upload) -> Upload:
         try:
-            await self._backend.catalogue.report.remote(upload)
+            return await self._backend.catalogue.accept.remote(upload)
         except Exception as error:
             raise as_api_error(error) from error
 

@@ -59,14 +59,13 @@ def main(config: Config) -> dict[str, Any]:
             events.append(Event("default", f"{number}", "", **made, embedding=about.vector, terms=about.terms))
         catalogue.append(events)
         events, *index = catalogue.embeddings("default", embedder.name)
-    ranking = Ranking(*index)
+    ranking, least = Ranking(*index), ServeConfig.min_similarity
 
     def choose(questions: list[str]) -> list[tuple[str, float]]:
-        best = [ranking.best(np.array(asked.vector, np.float32), asked.terms) for asked in embedder(questions)]
+        best = [ranking.best(np.array(asked.vector, np.float32), asked.terms, least) for asked in embedder(questions)]
         return [(kept[int(events[number].doc_id)], cosine) for number, cosine in best]
 
     elsewhere = pc.unique(pq.read_table(config.others, columns=["question"])["question"]).to_pylist()
-    least = ServeConfig.min_similarity
     chosen = choose([row["question"] for row in asked])
     unrelated = choose(random.Random(0).sample(elsewhere, len(asked)))
     return {

@@ -101,7 +101,8 @@ def cluster(tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
         running = Cluster(f"http://127.0.0.1:{dashboard}", config, folder)
         until = time.monotonic() + 120
         while not _up(running.dashboard):
-            assert head.poll() is None and time.monotonic() < until, (folder / "ray.log").read_text()
+            assert head.poll() is None, (folder / "ray.log").read_text()
+            assert time.monotonic() < until, (folder / "ray.log").read_text()
             time.sleep(0.5)
         running.deploy()
         yield running

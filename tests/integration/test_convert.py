@@ -269,6 +269,16 @@ def test_sync_deletes_what_has_vanished(hypernetwork: Path, tmp_path: Path) -> N
         run([docs / "rows.jsonl"], store, hypernetwork, sync=True)
 
 
+def test_sync_knows_rows_by_their_ids_and_not_by_their_places(hypernetwork: Path, tmp_path: Path) -> None:
+    store, docs = str(tmp_path / "store"), tmp_path / "docs"
+    lines = [json.dumps({"id": f"{year}/report", "text": f"The year {year}."}) for year in (2023, 2024)]
+    write(docs, {"rows.jsonl": "\n".join(lines)})
+    run([docs], store, hypernetwork)
+    write(docs, {"rows.jsonl": lines[1]})
+    assert run([docs], store, hypernetwork, sync=True)["deleted"] == 1
+    assert set(current(store)) == {"2024/report"}
+
+
 def test_sync_of_a_folder_further_down_deletes_nothing_that_is_there(hypernetwork: Path, tmp_path: Path) -> None:
     """Seen from there, ids are shorter."""
     store, docs = str(tmp_path / "store"), write(tmp_path / "docs", TEXTS)

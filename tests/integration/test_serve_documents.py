@@ -187,6 +187,8 @@ def test_what_was_sent_last_counts_though_it_is_ready_first(server: Server) -> N
     current = Catalogue(server.store).resolve("acme", "replaced")
     assert current is not None
     assert current.version == short
+    there = server.call("GET", "/documents/replaced").json()
+    assert (there["status"], there["version"]) == ("ready", short)
     assert server.call("GET", "/documents/withdrawn").status_code == 404
     assert server.ask("tiny:withdrawn").status_code == 404
 

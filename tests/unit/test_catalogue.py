@@ -63,10 +63,13 @@ def test_current_and_pinned_versions(root: str) -> None:
     catalogue.append([event(version="v2", second=1), event("failed", "v3", 2)])
     assert versions(catalogue) == {"manual": "v2", "other": "w1"}
     assert len(list(catalogue.current())) == 3
+    assert catalogue.changed_at("acme", "manual") == event(second=1).created_at
+    assert catalogue.changed_at("acme", "nothing") is None
     assert catalogue.resolve("acme", "manual", "v1").adapter_id == "a-v1"  # type: ignore[union-attr]
     assert catalogue.resolve("acme", "manual", "v3") is None
     catalogue.append([event("deleted", "v2", 3)])
     assert versions(catalogue) == {"other": "w1"}
+    assert catalogue.changed_at("acme", "manual") == event(second=3).created_at
     assert catalogue.resolve("acme", "manual", "v1") is None
     catalogue.append([event(version="v1", second=4)])
     assert versions(Catalogue(root)) == {"manual": "v1", "other": "w1"}

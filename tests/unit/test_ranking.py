@@ -17,6 +17,13 @@ def test_a_word_decides_between_documents_on_one_subject(term: int, best: int) -
     assert (number, similarity) == (best, pytest.approx(0.8))
 
 
+@pytest.mark.parametrize(("least", "best"), [(0.0, 1), (0.7, 0), (0.9, 0)])
+def test_words_choose_among_documents_that_are_near_enough(least: float, best: int) -> None:
+    ranking = Ranking(np.array([[1, 0], [0, 1]], np.float32), csr_array(np.array([[0, 1], [400, 1]], np.int32)))
+    near = np.array([0.8, 0.6], np.float32)
+    assert ranking.best(near, [0] * 100, least)[0] == best
+
+
 def test_words_that_no_document_has_count_for_nothing() -> None:
     ranking = Ranking(MEANING, TERMS)
     assert ranking.best(NEAR_THE_FIRST_TWO, [99]) == ranking.best(NEAR_THE_FIRST_TWO, []) == (0, pytest.approx(0.8))

@@ -1,0 +1,102 @@
+"""The catalogue deployment: of uploads and deletions of one document, the last to be accepted counts."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2l.catalogue import Event
+from d2l.errors import StorageError
+from serve.catalogue.deployment import CatalogueDeployment, Upload
+from serve.catalogue.feed import Feed
+from serve.catalogue.keys import OPEN
+from serve.errors import ApiError
+
+LONG = Upload("default", "doc", "long", "gateway")
+
+
+def ready(version: str) -> Event:
+    return Event("default", "doc", version, "ready", f"{version.encode().hex():0>32}")
+
+
+DELETED = Event("default", "doc", "", "deleted")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[Callable[[Any], Coroutine[Any, Any, None]]], None]:
+    """Runs a test with a deployment that waits for no gateways."""
+
+    async def main(test: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+        deployment = object.__new__(CatalogueDeployment.func_or_class)
+        await deployment.__init__(str(tmp_path), None)
+        deployment._feed = Feed(lease_s=0)
+        try:
+            await test(deployment)
+        finally:
+            for task in deployment._tasks:
+                task.cancel()
+
+    return lambda test: asyncio.run(main(test))
+
+
+def current(deployment: Any) -> str | None:
+    event = deployment._catalogue.resolve("default", "doc")
+    return event and event.version
+
+
+@pytest.mark.parametrize(("event", "left"), [(ready("short"), "short"), (DELETED, None)])
+def test_what_came_while_an_upload_went_on_stays(run: Any, event: Event, left: str | None) -> None:
+    async def test(deployment: Any) -> None:
+        upload = await deployment.accept(LONG)
+        await deployment.commit(event, OPEN)
+        await deployment.commit(ready("long"), OPEN, upload.accepted)
+        assert current(deployment) == left
+        await deployment.fail(upload, "too late to tell")
+        assert not (await deployment.subscribe("gateway")).uploads
+
+    run(test)
+
+
+def test_an_upload_replaces_what_was_there_and_what_came_before_it(run: Any) -> None:
+    async def test(deployment: Any) -> None:
+        await deployment.commit(ready("short"), OPEN)
+        first = await deployment.accept(LONG)
+        second = await deployment.accept(LONG)
+        await deployment.commit(ready("long"), OPEN, first.accepted)
+        assert current(deployment) == "long"
+        assert (await deployment.subscribe("gateway")).uploads == (second,)
+        await deployment.fail(second, "no space")
+        (told,) = (await deployment.subscribe("gateway")).uploads
+        assert (told.status, told.reason) == ("failed", "no space")
+
+    run(test)
+
+
+def test_a_failure_is_told_by_a_deployment_that_began_later(run: Any) -> None:
+    async def test(deployment: Any) -> None:
+        upload = await deployment.accept(LONG)
+        deployment._uploads.clear()
+        await deployment.fail(upload, "no space")
+        (told,) = (await deployment.subscribe("gateway")).uploads
+        assert told.status == "failed"
+
+    run(test)
+
+
+def test_a_deletion_that_could_not_be_written_deletes_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(deployment: Any) -> None:
+        upload = await deployment.accept(LONG)
+
+        def full(events: Sequence[Event]) -> list[Event]:
+            raise StorageError("no space")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(deployment._catalogue, "append", full)
+            with pytest.raises(ApiError, match="out of reach"):
+                await deployment.commit(DELETED, OPEN)
+        await deployment.commit(ready("long"), OPEN, upload.accepted)
+        assert current(deployment) == "long"
+
+    run(test)
