@@ -13,14 +13,15 @@ What grows with the collection, as measured with 20,000 documents whose ids have
 - skipping: 24 bytes for each current document, one array shared by a machine's actors; and one look at the store's
   commit mark for each document skipped;
 - the catalogue: 0.9 KB of driver memory for each current document, with and without embeddings, for these stay in the
-  table; there an event has 19 bytes and its embedding 1.4 KB (384 numbers); a commit has 2 KB of log. A reader fetches
-  70 KB of a commit of 1,000, the embeddings only where they are asked for.
+  table; there an event has 19 bytes, its embedding 1.4 KB (384 numbers) and its commonest tokens 0.9 KB (of manuals,
+  3,300 tokens a page); a commit has 2 KB of log. A reader fetches 70 KB of a commit of 1,000, the embeddings only where
+  they are asked for.
 
 | documents | objects in the store | catalogue with, without embeddings | commits of 1,000 | driver memory |
 |---|---|---|---|---|
-| 10^4 | 3 * 10^4 | 14 MB, 0.2 MB | 10 | 17 MB |
-| 10^6 | 3 * 10^6 | 1.4 GB, 21 MB | 1,000 | 1.7 GB |
-| 10^8 | 3 * 10^8 | 144 GB, 2.1 GB | 100,000 | 170 GB: split it by tenant or prefix, a job to each |
+| 10^4 | 3 * 10^4 | 23 MB, 0.2 MB | 10 | 17 MB |
+| 10^6 | 3 * 10^6 | 2.3 GB, 21 MB | 1,000 | 1.7 GB |
+| 10^8 | 3 * 10^8 | 234 GB, 2.1 GB | 100,000 | 170 GB: split it by tenant or prefix, a job to each |
 
 Hours: documents * tokens each / (tokens a second of a device, see `d2l bench convert`) / devices.
 """
