@@ -139,9 +139,11 @@ class Job:
             process = subprocess.Popen(
                 self._command, cwd=self.folder, start_new_session=True, stdout=output, stderr=output
             )
+        looked = time.monotonic()
         while len(_marks(self.store)) < adapters:
             assert process.poll() is None, f"ended before it was killed: {log.read_text()[-3000:]}"
-            time.sleep(0.5)
+            time.sleep(max(0.5, 10 * (time.monotonic() - looked)))  # looking takes a tenth of a core at most
+            looked = time.monotonic()
         time.sleep(seconds)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
