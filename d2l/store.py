@@ -83,7 +83,7 @@ class AdapterStore:
 
     def _claim(self, tenant: str, adapter_id: str) -> bool:
         """Say that an adapter is wanted; whether it is there still, for a vacuum may have been faster."""
-        self._replace(f"{_folder(tenant, adapter_id)}/{_CLAIM}", datetime.now(UTC).isoformat().encode())
+        self.storage.replace(f"{_folder(tenant, adapter_id)}/{_CLAIM}", datetime.now(UTC).isoformat().encode())
         return self.exists(tenant, adapter_id)
 
     def _write(self, folder: str, files: dict[str, bytes]) -> bool:
@@ -105,11 +105,7 @@ class AdapterStore:
             return
         found, own = (json.loads(text)["weights_sha256"] for text in (self.storage.read(name), data))
         if found != own:  # left over from weights that were removed
-            self._replace(name, data)
-
-    def _replace(self, name: str, data: bytes) -> None:
-        self.storage.remove(name)
-        self.storage.create(name, data)
+            self.storage.replace(name, data)
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
         """Read an adapter.

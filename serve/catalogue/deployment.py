@@ -46,7 +46,7 @@ class Upload:
     gateway: str
     """Who is at it."""
     accepted: datetime = _NEVER
-    """When it was: its event is dated so, and goes behind all that has happened to the document since."""
+    """When the catalogue heard of it: its event is dated so, behind what has happened to the document since."""
     status: Literal["processing", "failed"] = "processing"
     reason: str = ""
     """Why it failed."""

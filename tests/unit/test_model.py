@@ -67,6 +67,15 @@ def test_a_stream_arrives_in_pieces(model: DocToLora, adapters: list[Adapter]) -
     assert any(len(list(model.stream(q, a, SamplingConfig(60)))) > 1 for q in (QUESTION, "Who?") for a in adapters)
 
 
+def test_a_document_is_read_while_an_answer_streams(model: DocToLora, adapters: list[Adapter]) -> None:
+    """Both run the base model, each with hooks of its own."""
+    stream = model.stream(QUESTION, adapters[0], SamplingConfig(60))
+    pieces = [next(stream)]
+    assert_same_update(model.internalize(DOCUMENTS[1]).factors, adapters[1].factors)
+    pieces += stream
+    assert "".join(pieces).strip() == model.generate(QUESTION, adapters[0], SamplingConfig(60))
+
+
 @pytest.mark.parametrize("call", ["generate", "generate_batch", "stream"])
 def test_adapters_of_other_base_models_are_refused(model: DocToLora, tiny_qwen: BaseModel, call: str) -> None:
     foreign = random_adapter(tiny_qwen)
