@@ -88,7 +88,7 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
         port=port,
         dtype="float32",
         max_batch_size=4,
-        max_queued_requests=4,
+        max_queued_requests=8,  # Serve counts a request among the waiting until it has found its engine
         embedding="none",
     )
     client = OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120)
@@ -356,8 +356,8 @@ def test_overload_is_refused(server: Server):
         except openai.RateLimitError as error:
             return error
 
-    with ThreadPoolExecutor(24) as threads:
-        results = list(threads.map(ask, range(24)))
+    with ThreadPoolExecutor(32) as threads:
+        results = list(threads.map(ask, range(32)))
     refused = [result for result in results if isinstance(result, openai.RateLimitError)]
     assert refused
     assert all(int(error.response.headers["Retry-After"]) >= 1 and error.code == "overloaded" for error in refused)
