@@ -178,9 +178,15 @@ def _group(runs: tuple[Run, ...], device: torch.device) -> tuple[tuple[Run, ...]
             tokens.setdefault(adapter, []).extend(range(start, end))
             adapter = None
         long.append((start, end, adapter))
-    few = {adapter: numbers for adapter, numbers in tokens.items() if len(numbers) < _SHORT}
-    many = [{adapter: numbers} for adapter, numbers in tokens.items() if adapter not in few]
-    groups = tuple(_group_of(part, device) for part in [few, *many] if part)
+    parts = []
+    while tokens:
+        most = max(tokens, key=lambda adapter: len(tokens[adapter]))
+        width, adapters = len(tokens[most]), max(tokens) - min(tokens) + 1
+        if width < _SHORT or width * adapters <= 2 * sum(map(len, tokens.values())):
+            parts.append(tokens)
+            break
+        parts.append({most: tokens.pop(most)})  # together, the others would be filled up to as many
+    groups = tuple(_group_of(part, device) for part in parts)
     offsets = (0, *(end for _, end, _ in long))
     return _runs(Segments(offsets, tuple(adapter for _, _, adapter in long))), groups
 

@@ -3,44 +3,77 @@
 import asyncio
 import json
 import random
+from collections import Counter
+from weakref import WeakKeyDictionary
 
 from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serve.routing.rendezvous import rank
 
+_MOST_TASKS = 1024
+"""Requests that look for a replica at the same time, of each handle."""
+
 
 class AdapterRouter(RequestRouter):
-    """Adapter affinity with bounded load."""
+    """Adapter affinity with bounded load.
+
+    A request whose replica is full waits for it, and counts as load there: at saturation, those who took whatever
+    replica has room first would load every adapter everywhere.
+    """
 
     def initialize_state(self, comfortable: int) -> None:
         """See `rank`."""
         self._comfortable = comfortable
+        self._homes: WeakKeyDictionary[asyncio.Future, str] = WeakKeyDictionary()
+        """What each request that has an adapter waits for."""
+
+    @property
+    def max_num_routing_tasks(self) -> int:
+        """One for each request: one that waits for a full replica must not keep others from theirs."""
+        return _MOST_TASKS
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Each replica a rank of its own: Serve takes the first that has room.
+        """The adapter's replica, or for the bare base model all: each a rank of its own, and Serve takes the first that
+        has room.
 
-        Loads are what replicas last said of themselves, and what was sent to them since.
+        Loads are what replicas last said of themselves, what was sent to them since, and what waits for them.
         """
         if pending_request:
             pending_request.routing_context.should_backoff = True  # when all are full; else Serve asks again at once
         await asyncio.sleep(0)  # requests that were routed just now are sent first, and so are in the loads
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in _shuffled(replicas)}
-        return [[replicas[name]] for name in rank(_key(pending_request), loads, self._comfortable)]
+        waiting = Counter(self._homes.get(other.future) for other in self._waiting() if other is not pending_request)
+        loads = {
+            name: (self.replica_queue_len_cache.get(replica.replica_id) or 0) + waiting[name]
+            for name, replica in _shuffled(replicas)
+        }
+        key = _key(pending_request)
+        ranked = rank(key, loads, self._comfortable)
+        if pending_request and key is not None:
+            self._homes[pending_request.future] = ranked[0]
+            del ranked[1:]
+        return [[replicas[name]] for name in ranked]
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
     ) -> PendingRequest | None:
-        """Whom a replica that was found is for.
+        """Whom a replica that was found is for: who has waited longest for it.
 
         Serve's own looks for the id, which all calls made while answering one HTTP request share: one of them would get
         the replica meant for another, and others wait for ever. The metadata are an object of each call's own.
         """
-        waiting = (p for p in self._pending_requests_to_fulfill if p.metadata is request_metadata)
-        return next((request for request in waiting if not request.future.done()), None)
+        waiting = self._waiting()
+        finder = next((request for request in waiting if request.metadata is request_metadata), None)
+        if finder is None or (home := self._homes.get(finder.future)) is None:
+            return finder
+        return next(request for request in waiting if self._homes.get(request.future) == home)
+
+    def _waiting(self) -> list[PendingRequest]:
+        """Those without a replica yet, who came first first."""
+        return [request for request in self._pending_requests_to_fulfill if not request.future.done()]
 
 
 def _shuffled(replicas: dict[str, RunningReplica]) -> list[tuple[str, RunningReplica]]:
