@@ -11,9 +11,6 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from serve.routing.rendezvous import rank
 
-_MOST_TASKS = 1024
-"""Requests that look for a replica at the same time, of each handle."""
-
 
 class AdapterRouter(RequestRouter):
     """Adapter affinity with bounded load.
@@ -31,49 +28,53 @@ class AdapterRouter(RequestRouter):
     @property
     def max_num_routing_tasks(self) -> int:
         """One for each request: one that waits for a full replica must not keep others from theirs."""
-        return _MOST_TASKS
+        return self.num_pending_requests
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The adapter's replica, or for the bare base model all: each a rank of its own, and Serve takes the first that
-        has room.
+        """The adapter's replica; all, if it has not been heard of lately or the request is for the bare base model.
 
-        Loads are what replicas last said of themselves, what was sent to them since, and what waits for them.
+        Each is a rank of its own: Serve takes the first that has room. Loads are what replicas last said of themselves,
+        what was sent to them since, and what waits for them.
         """
         if pending_request:
             pending_request.routing_context.should_backoff = True  # when all are full; else Serve asks again at once
         await asyncio.sleep(0)  # requests that were routed just now are sent first, and so are in the loads
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         waiting = Counter(self._homes.get(other.future) for other in self._waiting() if other is not pending_request)
-        loads = {
-            name: (self.replica_queue_len_cache.get(replica.replica_id) or 0) + waiting[name]
-            for name, replica in _shuffled(replicas)
-        }
+        said = {name: self.replica_queue_len_cache.get(replica.replica_id) for name, replica in _shuffled(replicas)}
+        loads = {name: (load or 0) + waiting[name] for name, load in said.items()}
         key = _key(pending_request)
         ranked = rank(key, loads, self._comfortable)
         if pending_request and key is not None:
-            self._homes[pending_request.future] = ranked[0]
-            del ranked[1:]
+            self._homes.pop(pending_request.future, None)
+            if said[ranked[0]] is not None:
+                self._homes[pending_request.future] = ranked[0]
+                del ranked[1:]
         return [[replicas[name]] for name in ranked]
+
+    def _fulfill_next_pending_request(
+        self, replica: RunningReplica, request_metadata: RequestMetadata | None = None
+    ) -> None:
+        """Give a replica that was found to who has waited longest of those that it is for, its finder among them."""
+        home = replica.replica_id.unique_id
+        for request in self._waiting():
+            finder = request.metadata is request_metadata
+            if finder or _key(request) is None or self._homes.get(request.future) == home:
+                return super()._fulfill_next_pending_request(replica, request.metadata)
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
     ) -> PendingRequest | None:
-        """Whom a replica that was found is for: who has waited longest for it.
-
-        Serve's own looks for the id, which all calls made while answering one HTTP request share: one of them would get
-        the replica meant for another, and others wait for ever. The metadata are an object of each call's own.
+        """Serve's own looks for the id, which all calls made while answering one HTTP request share: one of them would
+        get the replica meant for another, and others wait for ever. The metadata are an object of each call's own.
         """
-        waiting = self._waiting()
-        finder = next((request for request in waiting if request.metadata is request_metadata), None)
-        if finder is None or (home := self._homes.get(finder.future)) is None:
-            return finder
-        return next(request for request in waiting if self._homes.get(request.future) == home)
+        return next((request for request in self._waiting() if request.metadata is request_metadata), None)
 
     def _waiting(self) -> list[PendingRequest]:
-        """Those without a replica yet, who came first first."""
-        return [request for request in self._pending_requests_to_fulfill if not request.future.done()]
+        """Those without a replica yet, who came first first; Serve has who was rejected twice."""
+        return list({id(r): r for r in self._pending_requests_to_fulfill if not r.future.done()}.values())
 
 
 def _shuffled(replicas: dict[str, RunningReplica]) -> list[tuple[str, RunningReplica]]:

@@ -31,11 +31,11 @@ class Replica:
         return self.load
 
 
-def calls(adapters: list[str]) -> list[PendingRequest]:
+def calls(adapters: list[str | None]) -> list[PendingRequest]:
     """As they are made while one HTTP request is answered: Serve gives them one id."""
     return [
         PendingRequest(
-            args=[EngineRequest([], "default", (adapter,), SamplingConfig())],
+            args=[EngineRequest([], "default", (adapter,) if adapter else (), SamplingConfig())],
             kwargs={},
             metadata=RequestMetadata("request", "internal", app_name="app"),
         )
@@ -109,13 +109,47 @@ def test_who_has_waited_longest_for_a_replica_gets_it():
             router.on_new_queue_len_info(replica.replica_id, 32)
 
         looking = []
-        for number, call in enumerate(calls(["a", "b", "c", "d"])):  # who came last looks most often
+        for number, call in enumerate(calls(["a", None, "b", None])):  # who came last looks most often
             looking.append(asyncio.create_task(look(number, call)))
             await asyncio.sleep(0.1)
+        assert not served
         while len(served) < 4:
             replica.load = 31
             await asyncio.sleep(0.1)
         await asyncio.gather(*looking)
         assert served == [0, 1, 2, 3]
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_does_not_answer_is_not_waited_for():
+    async def main() -> None:
+        names = order('["default", "a"]', ["one", "two"])
+        silent, other = Replica(names[0], itertools.repeat(60.0)), Replica(names[1], itertools.repeat(0.0))
+        router = router_of([silent, other])
+        router.on_replica_actor_unavailable(silent.replica_id)
+        (call,) = calls(["a"])
+        assert await asyncio.wait_for(router._choose_replica_for_request(call), 10) is other
+
+    asyncio.run(main())
+
+
+def test_who_was_rejected_waits_once():
+    async def main() -> None:
+        first = {order(f'["default", "{adapter}"]', ["one", "two"])[0]: adapter for adapter in "abcdefgh"}
+        full, free = Replica("one", itertools.repeat(0.0), 32), Replica("two", itertools.repeat(0.0), 31)
+        router = router_of([full, free])
+        waits, call = calls([first["one"], first["two"]])
+        waiting = asyncio.create_task(router._choose_replica_for_request(waits))
+        await asyncio.sleep(0)  # it comes first
+        assert await router._choose_replica_for_request(call) is free
+        free.load = 32
+        router.on_new_queue_len_info(free.replica_id, 32)
+        again = asyncio.create_task(router._choose_replica_for_request(call, is_retry=True))
+        await asyncio.sleep(0.1)
+        assert router._waiting() == [waits, call]
+        full.load = free.load = 31
+        assert await asyncio.wait_for(again, 10) is free
+        assert await asyncio.wait_for(waiting, 10) is full
 
     asyncio.run(main())
