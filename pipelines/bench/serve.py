@@ -6,8 +6,9 @@ Everything runs in this process, without Ray or HTTP around it, and all alternat
   share; `different8`, `different64` with so many different ones; `different1` is the work of `equal64` again, and says
   what the machine's noise is. `different_to_base` and `different_to_equal` are for `different64`;
 - `peft_ratio`: `different64` at the first rank against PEFT's mixed batch, `generate(adapter_names=...)`;
-- `vllm`, with `--vllm COMMAND`: tokens per second of 16 requests with as many different adapters of the first rank,
-  ours and vLLM's, on the same machine, with the same model and numbers;
+- `vllm`, `llama`, with `--vllm COMMAND`, `--llama COMMAND`: tokens per second of 16 requests with as many different
+  adapters of the first rank, ours and vLLM's or llama.cpp's, on the same machine, with the same numbers; llama.cpp's
+  model is the bundled one in 4 bits;
 - `first_token`: seconds to the first token of an answer about a document of so many tokens: with its adapter, with the
   document in the prompt (read in one pass by the library, which is faster than the engine's pieces), and with the
   document's keys and values kept from before; `ratio` is in_context / adapter;
@@ -20,6 +21,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +33,8 @@ from transformers import DynamicCache
 
 from d2l import generation
 from d2l.adapter import Adapter, Provenance
-from d2l.base_model import BaseModel, load_base_model
+from d2l.base_model import BUNDLED_MODELS, BaseModel, load_base_model
+from d2l.errors import UserError
 from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, base_model_of
@@ -39,6 +42,7 @@ from d2l.model import SHIPPED
 from d2l.storage import Storage
 from d2l.store import AdapterStore
 from d2l.tasks.needle import NeedleConfig, make_sample
+from pipelines.bench.llama import LlamaServer
 from pipelines.bench.timing import interleaved
 from serve.engine.adapter_disk import AdapterDisk
 from serve.engine.answer import Job
@@ -58,7 +62,7 @@ class BenchServeConfig:
     """What to ask, and how often."""
 
     hypernetwork: Path = SHIPPED
-    """Checkpoint that says base model and target modules; the adapters' numbers are random."""
+    """Checkpoint that says base model, layers and modules; the adapters' numbers are random."""
     ranks: tuple[int, ...] = (16, 64)
     """Ranks of the adapters."""
     requests: int = 64
@@ -71,25 +75,27 @@ class BenchServeConfig:
     """Timings of each alternative; the median counts."""
     vllm: str = ""
     """How vLLM is run, to compare with: `vllm serve`; by default it is not."""
+    llama: str = ""
+    """How llama.cpp's server is run, to compare with: `llama-server`; by default it is not."""
 
 
 def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
     """Tokens per second, seconds and ratios."""
     name = base_model_of(config.hypernetwork)
     base = load_base_model(name)
-    shapes = Hypernetwork.from_pretrained(config.hypernetwork, base).modules_shapes
-    adapters = {rank: [random_adapter(base, shapes, rank) for _ in range(config.requests)] for rank in config.ranks}
+    made_by = Hypernetwork.from_pretrained(config.hypernetwork, base)
+    adapters = {rank: [random_adapter(base, made_by, rank) for _ in range(config.requests)] for rank in config.ranks}
     batcher = Batcher(base, BatcherConfig(config.requests, max_batch_tokens=2**20))
     return {
         "dtype": str(base.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         **_throughput(config, name, batcher, base, adapters),
-        **(_against_vllm(config, name, batcher, base, adapters[config.ranks[0]]) if config.vllm else {}),
         "first_token": {
             str(length): _first_token(config, batcher, base, adapters[config.ranks[-1]][0], length)
             for length in config.lengths
         },
         "cold_to_warm": _cold_to_warm(config, name, base, adapters[config.ranks[0]]),
+        **_against_peers(config, name, batcher, base, adapters[config.ranks[0]][:_PEER_REQUESTS]),
     }
 
 
@@ -130,23 +136,36 @@ def _throughput(
     return report | {"peft": speed["peft"], "peft_ratio": speed[f"rank{first} {everyone}"] / speed["peft"]}
 
 
-def _against_vllm(
+def _against_peers(
     config: BenchServeConfig, name: str, batcher: Batcher, base: BaseModel, adapters: Sequence[Adapter]
 ) -> dict[str, Any]:
-    few, dtype = adapters[:_PEER_REQUESTS], str(base.dtype).removeprefix("torch.")
-    peer = VllmBatcher(base, name, dtype, BatcherConfig(len(few)), config.vllm)
-    sampling = SamplingConfig(config.new_tokens)
-    jobs = [Job(prompt, own, sampling) for prompt, own in zip(_prompts(base, len(few)), few, strict=True)]
-    tokens: dict[str, int] = {}
+    prompts, sampling = _prompts(base, len(adapters)), SamplingConfig(config.new_tokens)
+    jobs = [Job(prompt, own, sampling) for prompt, own in zip(prompts, adapters, strict=True)]
 
-    def answer(what: str, engine: Batcher | VllmBatcher) -> None:
-        tokens[what] = sum(_answer(engine, jobs))
+    def beside(peer: str, answer: Callable[[], int]) -> dict[str, Any]:
+        tokens: dict[str, int] = {}
+        runs = {"ours": lambda: sum(_answer(batcher, jobs)), peer: answer}
+        seconds = interleaved({what: lambda w=what: tokens.update({w: runs[w]()}) for what in runs}, config.rounds)
+        speed = {what: tokens[what] / value for what, value in seconds.items()}
+        return {peer: speed | {"ratio": speed["ours"] / speed[peer]}}
 
-    seconds = interleaved(
-        {"ours": partial(answer, "ours", batcher), "vllm": partial(answer, "vllm", peer)}, config.rounds
-    )
-    speed = {what: tokens[what] / value for what, value in seconds.items()}
-    return {"vllm": speed | {"ratio": speed["ours"] / speed["vllm"]}}
+    report: dict[str, Any] = {}
+    if config.llama:
+        if name not in BUNDLED_MODELS.values():
+            raise UserError(f"llama.cpp is run with the bundled base model; {config.hypernetwork} is for {name}")
+        longest = max(map(len, prompts)) + config.new_tokens
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            closing(LlamaServer(config.llama, adapters, Path(folder), longest)) as peer,
+        ):
+            report |= beside("llama", lambda: peer.answer(prompts, config.new_tokens))
+    if config.vllm:
+        rank = max(8, 1 << (adapters[0].rank - 1).bit_length())  # to more it would fill them up
+        command = f"{config.vllm} --max-lora-rank {rank}"
+        dtype = str(base.dtype).removeprefix("torch.")
+        vllm = VllmBatcher(base, name, dtype, BatcherConfig(len(adapters)), command)
+        report |= beside("vllm", lambda: sum(_answer(vllm, jobs)))
+    return report
 
 
 def _prompts(base: BaseModel, count: int) -> list[list[int]]:
@@ -256,12 +275,13 @@ def _cold_to_warm(config: BenchServeConfig, name: str, base: BaseModel, adapters
     return seconds["cold"] / seconds["warm"]
 
 
-def random_adapter(base: BaseModel, shapes: dict[str, tuple[int, int]], rank: int) -> Adapter:
-    """An adapter of small random numbers in all layers, for what depends on sizes only."""
+def random_adapter(base: BaseModel, made_by: Hypernetwork, rank: int) -> Adapter:
+    """An adapter of small random numbers, for what depends on sizes only: layers and modules are the hypernetwork's."""
 
     def draw(width: int) -> torch.Tensor:
-        return torch.randn(len(base.layers), rank, width, device=base.device).to(base.dtype) * 1e-3
+        return torch.randn(len(made_by.layers), rank, width, device=base.device).to(base.dtype) * 1e-3
 
-    factors = {name: LowRank(draw(d_in), draw(d_out)) for name, (d_in, d_out) in shapes.items()}
+    factors = {name: LowRank(draw(d_in), draw(d_out)) for name, (d_in, d_out) in made_by.modules_shapes.items()}
     origin = Provenance("0" * 64, 1, 1, "0" * 16, base.name, base.digests)
-    return Adapter(factors, 1, 1.0, {name: base.target_paths(name) for name in factors}, origin)
+    paths = {name: tuple(base.target_paths(name)[layer] for layer in made_by.layers) for name in factors}
+    return Adapter(factors, 1, 1.0, paths, origin)
