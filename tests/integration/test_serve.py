@@ -370,10 +370,10 @@ def names(server: Server) -> list[str]:
     return [model.id for model in server.client.models.list()]
 
 
-def wait_until(condition: Callable[[], bool]) -> float:
+def wait_until(condition: Callable[[], bool], at_most_s: float = 10) -> float:
     """Seconds until the condition holds."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < at_most_s
         time.sleep(0.2)
     return time.monotonic() - start
