@@ -4,8 +4,10 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -76,28 +78,26 @@ def random_hypernetwork(base: BaseModel, seed: int = 0) -> Hypernetwork:
     return hypernetwork
 
 
-@pytest.fixture(scope="module")
-def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    store = tmp_path_factory.mktemp("store")
-    library = DocToLora(tiny_llama, random_hypernetwork(tiny_llama))
+@contextmanager
+def serving(store: Path | str, base: BaseModel, texts: dict[str, str], **options: Any) -> Iterator[Server]:
+    """An endpoint for a store of these documents, with the options of `ServeConfig`, while the context lasts."""
+    library = DocToLora(base, random_hypernetwork(base))
     (port,) = free_ports(1)
-    config = ServeConfig(
-        str(store),
-        tiny_llama.name,
-        ALIAS,
-        port=port,
-        dtype="float32",
-        max_batch_size=4,
-        max_queued_requests=8,  # Serve counts a request among the waiting until it has found its engine
-        embedding="none",
-    )
-    client = OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120)
-    running = Server(client, library, store, {})
-    for doc_id, text in TEXTS.items():
+    config = ServeConfig(str(store), base.name, ALIAS, port=port, dtype="float32", embedding="none", **options)
+    running = Server(OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120), library, store, {})
+    for doc_id, text in texts.items():
         running.add(doc_id, library.internalize(text))
     run(config, blocking=False)
     yield running
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    # Serve counts a request among the waiting until it has found its engine: a burst must fit.
+    options = {"max_batch_size": 4, "max_queued_requests": 8}
+    with serving(tmp_path_factory.mktemp("store"), tiny_llama, TEXTS, **options) as running:
+        yield running
 
 
 def test_a_replica_that_cannot_start_says_why(ray_cluster: None, tiny_llama: BaseModel, tmp_path: Path):

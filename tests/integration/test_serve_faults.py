@@ -13,48 +13,25 @@ from http.client import HTTPConnection
 import openai
 import pytest
 import ray
-from openai import OpenAI
-from ray import serve
 
-from d2l import DocToLora
 from d2l.base_model import BaseModel
-from serve.app import ServeConfig, run
-from tests.integration.test_serve import ALIAS, Server, random_hypernetwork, wait_until
-from tests.ports import free_ports
+from tests.integration.test_serve import ALIAS, Server, serving, wait_until
 
 
 @pytest.fixture(scope="module")
-def server(
-    ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, int]]:
-    store = tmp_path_factory.mktemp("store")
-    library = DocToLora(tiny_llama, random_hypernetwork(tiny_llama))
-    (port,) = free_ports(1)
-    config = ServeConfig(
-        str(store),
-        tiny_llama.name,
-        ALIAS,
-        port=port,
-        replicas=2,
-        cpus_per_replica=0.5,
-        dtype="float32",
-        embedding="none",
-    )
-    running = Server(OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120), library, store, {})
-    for number in range(6):
-        running.add(f"page-{number}", library.internalize(f"The magic number of harbour {number} is {7919 * number}."))
-    run(config, blocking=False)
-    yield running, port
-    serve.shutdown()
+def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    texts = {f"page-{number}": f"The magic number of harbour {number} is {7919 * number}." for number in range(6)}
+    options = {"replicas": 2, "cpus_per_replica": 0.5}
+    with serving(tmp_path_factory.mktemp("store"), tiny_llama, texts, **options) as running:
+        yield running
 
 
 def engines() -> set[str]:
     return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if "#Engine#" in actor["name"]}
 
 
-def test_a_killed_engine_is_replaced_under_load(server: tuple[Server, int]):
-    running, _ = server
-    expected = {doc_id: running.expected(adapter) for doc_id, adapter in running.adapters.items()}
+def test_a_killed_engine_is_replaced_under_load(server: Server):
+    expected = {doc_id: server.expected(adapter) for doc_id, adapter in server.adapters.items()}
     over = threading.Event()
 
     def ask_on(number: int) -> Counter[str]:
@@ -62,7 +39,7 @@ def test_a_killed_engine_is_replaced_under_load(server: tuple[Server, int]):
         doc_id = f"page-{number % 6}"
         while not over.is_set():
             try:
-                found["right" if running.ask(f"{ALIAS}:{doc_id}").strip() == expected[doc_id] else "wrong"] += 1
+                found["right" if server.ask(f"{ALIAS}:{doc_id}").strip() == expected[doc_id] else "wrong"] += 1
             except openai.InternalServerError as error:
                 found[str(error.code)] += 1
                 time.sleep(0.2)
@@ -83,22 +60,21 @@ def test_a_killed_engine_is_replaced_under_load(server: tuple[Server, int]):
     assert set(found) <= {"right", "replica_unavailable"}
     assert found["right"] > max(20, found["replica_unavailable"])
     for doc_id, answer in expected.items():
-        assert running.ask(f"{ALIAS}:{doc_id}").strip() == answer
+        assert server.ask(f"{ALIAS}:{doc_id}").strip() == answer
 
 
-def test_a_client_that_reads_slowly_holds_nobody_up(server: tuple[Server, int]):
-    running, port = server
+def test_a_client_that_reads_slowly_holds_nobody_up(server: Server):
     asked = {"model": f"{ALIAS}:page-0", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
     body = json.dumps(asked | {"temperature": 0, "max_tokens": 300})
-    with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as slow:
+    with closing(HTTPConnection(server.client.base_url.host, server.client.base_url.port, timeout=60)) as slow:
         slow.connect()
         slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         response = slow.getresponse()
         assert response.status == 200
         received = response.read(64)
-        for doc_id, adapter in running.adapters.items():
-            assert running.ask(f"{ALIAS}:{doc_id}").strip() == running.expected(adapter)
+        for doc_id, adapter in server.adapters.items():
+            assert server.ask(f"{ALIAS}:{doc_id}").strip() == server.expected(adapter)
         received += response.read()
     assert received.count(b"data: ") > 100
     assert received.endswith(b"data: [DONE]\n\n")

@@ -6,29 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from openai import OpenAI
-from ray import serve
 
-from d2l import DocToLora
 from d2l.base_model import BaseModel
-from serve.app import ServeConfig, run
 from tests.conftest import S3Server
-from tests.integration.test_serve import ALIAS, Server, names, random_hypernetwork, wait_until
-from tests.ports import free_ports
+from tests.integration.test_serve import ALIAS, Server, names, serving, wait_until
 
 
 @pytest.fixture
 def server(ray_cluster: None, s3_bucket: str, tiny_llama: BaseModel) -> Iterator[Server]:
-    library = DocToLora(tiny_llama, random_hypernetwork(tiny_llama))
-    (port,) = free_ports(1)
-    config = ServeConfig(s3_bucket, tiny_llama.name, ALIAS, port=port, dtype="float32", embedding="none")
-    client = OpenAI(base_url=config.url, api_key="none", max_retries=0, timeout=120)
-    running = Server(client, library, s3_bucket, {})
-    for doc_id in ("warm", "cold"):
-        running.add(doc_id, library.internalize(f"The magic number of the {doc_id} harbour is 4821."))
-    run(config, blocking=False)
-    yield running
-    serve.shutdown()
+    texts = {doc_id: f"The magic number of the {doc_id} harbour is 4821." for doc_id in ("warm", "cold")}
+    with serving(s3_bucket, tiny_llama, texts) as running:
+        yield running
 
 
 @pytest.mark.parametrize("away_s", [6, pytest.param(30, marks=pytest.mark.long)])
