@@ -1,7 +1,6 @@
 """llama.cpp's server as a peer of `d2l bench serve`."""
 
 import shlex
-import shutil
 import socket
 import subprocess
 import time
@@ -35,7 +34,7 @@ class LlamaServer:
         tokens: of a prompt and its answer at most.
 
     Raises:
-        UserError: there is no such program, or the server does not come up.
+        UserError: the server does not come up.
     """
 
     def __init__(self, command: str, adapters: Sequence[Adapter], folder: Path, tokens: int):
@@ -50,8 +49,6 @@ class LlamaServer:
         arguments += ["--lora", ",".join(map(str, files)), "--lora-init-without-apply"]
         arguments += ["--parallel", str(len(adapters)), "--ctx-size", str(tokens * len(adapters))]
         arguments += ["--threads", str(torch.get_num_threads()), *options]
-        if not shutil.which(program):
-            raise UserError(f"llama.cpp: {program} is not there; give --llama COMMAND")
         self._server = subprocess.Popen(arguments, stdout=2)  # what it prints is a log
         self._url = f"http://127.0.0.1:{port}"
         self._await(command)

@@ -18,6 +18,8 @@ Everything runs in this process, without Ray or HTTP around it, and all alternat
 
 import asyncio
 import itertools
+import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +79,12 @@ class BenchServeConfig:
     """How vLLM is run, to compare with: `vllm serve`; by default it is not."""
     llama: str = ""
     """How llama.cpp's server is run, to compare with: `llama-server`; by default it is not."""
+
+    def __post_init__(self) -> None:
+        for name in ("vllm", "llama"):  # before minutes of work
+            command = getattr(self, name)
+            if command and not shutil.which(program := shlex.split(command)[0]):
+                raise UserError(f"--{name} {command!r}: there is no program {program}")
 
 
 def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
