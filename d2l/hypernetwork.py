@@ -99,10 +99,18 @@ class Hypernetwork(nn.Module):
     def join(self, rows: Factors, chunks_per_document: Sequence[int]) -> Factors:
         """Rows of chunks, documents one after the other, to LoRA factors [layers, documents, R, .]."""
         strengths = self.generator.strengths()
-        if strengths is None or all(count == 1 for count in chunks_per_document):
+        if strengths is None or len(set(chunks_per_document)) == 1:
             return regress(combine_chunks(rows, chunks_per_document), strengths)
-        # One by one: rows of a short document are not to be solved for at the size of a long one.
-        return stack([regress(document, strengths) for document in split_documents(rows, chunks_per_document)])
+        # As many chunks together: rows of a short document are not to be solved for at the size of a long one.
+        alike: dict[int, list[int]] = {}
+        for document, count in enumerate(chunks_per_document):
+            alike.setdefault(count, []).append(document)
+        documents = split_documents(rows, chunks_per_document)
+        joined: dict[int, Factors] = {}
+        for members in alike.values():
+            together = regress(stack([documents[i] for i in members]), strengths)
+            joined |= zip(members, split_documents(together, [1] * len(members)), strict=True)
+        return stack([joined[document] for document in range(len(documents))])
 
     def fingerprint(self) -> str:
         """16 hex digits that name this hypernetwork: of the checkpoint it came from, or of its weights once trained."""

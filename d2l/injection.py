@@ -138,7 +138,8 @@ def _hook(a: Tensor, b: Tensor, placement: Placement, scale: float) -> Callable[
 Run = tuple[int, int, int | None]
 
 _SHORT = 8
-"""Runs of fewer tokens are computed together: so small a product costs more to start than to do."""
+"""On CPUs, runs of fewer tokens are computed together: so small a product costs more to start than to do. On
+accelerators all are."""
 
 
 class _Group(NamedTuple):
@@ -174,7 +175,7 @@ def _group(runs: tuple[Run, ...], device: torch.device) -> tuple[tuple[Run, ...]
     tokens: dict[int, list[int]] = {}
     long = []
     for start, end, adapter in runs:
-        if adapter is not None and end - start < _SHORT:
+        if adapter is not None and (end - start < _SHORT or device.type != "cpu"):
             tokens.setdefault(adapter, []).extend(range(start, end))
             adapter = None
         long.append((start, end, adapter))
@@ -219,6 +220,7 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: tuple[Run, ...], scal
         ]
         y = torch.cat(parts) if len(parts) > 1 else parts[0]
     for first, end, gathered_AT, tokens_N, places_N in groups:
-        hidden = torch.bmm(x[gathered_AT], a[first:end].mT)
-        y = y.index_add(0, tokens_N, torch.bmm(hidden, b[first:end]).flatten(0, 1)[places_N], alpha=scale)
+        gathered = x.index_select(0, gathered_AT.flatten()).view(*gathered_AT.shape, -1)
+        deltas = torch.bmm(torch.bmm(gathered, a[first:end].mT), b[first:end]).flatten(0, 1)
+        y = y.index_add(0, tokens_N, deltas.index_select(0, places_N), alpha=scale)
     return y

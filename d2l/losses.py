@@ -6,6 +6,7 @@ over documents; plus an L1 penalty on the generated factors.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,8 +54,13 @@ def mean_by_document(token_losses: Tensor, answer_lengths: Sequence[int], questi
         answer_lengths: tokens of each answer, documents one after the other.
         questions: how many answers each document has.
     """
-    answers = torch.stack([part.mean() for part in token_losses.split(list(answer_lengths))])
-    return torch.stack([part.mean() for part in answers.split(list(questions))]).mean()
+    answers = reduce_parts(token_losses, "mean", answer_lengths)
+    return reduce_parts(answers, "mean", questions).mean()
+
+
+def reduce_parts(values: Tensor, reduction: Literal["mean", "min"], lengths: Sequence[int]) -> Tensor:
+    """Mean or minimum of each part of `values` [sum of lengths], parts one after the other: [parts]."""
+    return torch.segment_reduce(values, reduction, lengths=torch.tensor(lengths, device=values.device))
 
 
 def l1(factors: Factors) -> Tensor:

@@ -13,8 +13,11 @@ The order of rows does not matter, and memory is bounded: beyond a document's fi
 their place, and give the same update.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from d2l.factors import Factors, LowRank, concat_ranks, level, rank_of
 from d2l.precision import bfloat16_products
@@ -102,13 +105,17 @@ def regress(rows: Factors, strengths: Strengths | None) -> Factors:
         return rows
     factors = {}
     for name, (a, b) in rows.items():
+        if a.dim() > 3:  # all layers at once keep an accelerator busy
+            factors[name] = _regress(a, b, strengths[name].view(-1, *[1] * (a.dim() - 1)))
+            continue
+        # One long document's, a layer at a time: the float32 copies of all are memory.
         pairs = [_regress(a_l, b_l, s) for a_l, b_l, s in zip(a, b, strengths[name], strict=True)]
         factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
     return level(factors)
 
 
 def _regress(a: Tensor, b: Tensor, s: Tensor) -> LowRank:
-    """One layer's, by whichever of the two systems is the smaller."""
+    """One layer's, or all layers' with one s each, by whichever of the two systems is the smaller."""
     with torch.autocast(a.device.type, enabled=False):
         if a.shape[-2] <= a.shape[-1]:
             return LowRank(a, _solved(_product(a, a.mT), b.float(), s).to(b.dtype))
@@ -119,8 +126,26 @@ def _solved(gram: Tensor, right: Tensor, s: Tensor) -> Tensor:
     """(1 + s) (1 + s gram)^-1 right."""
     system = s * gram
     system.diagonal(dim1=-2, dim2=-1).add_(1)
-    # Not `cholesky`, which raises where there is a NaN: losses tell, and whoever checks them.
-    return (1 + s) * torch.cholesky_solve(right, torch.linalg.cholesky_ex(system).L)
+    return (1 + s) * _Solve.apply(system, right)
+
+
+class _Solve(torch.autograd.Function):
+    """Solves symmetric positive definite systems; going back costs one more solve, not a derivative of the factor's."""
+
+    @staticmethod
+    def forward(ctx: Any, system: Tensor, right: Tensor) -> Tensor:
+        # Not `cholesky`, which raises where there is a NaN: losses tell, and whoever checks them.
+        factor = torch.linalg.cholesky_ex(system).L
+        solution = torch.cholesky_solve(right, factor)
+        ctx.save_for_backward(factor, solution)
+        return solution
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        factor, solution = ctx.saved_tensors
+        of_right = torch.cholesky_solve(gradient, factor)
+        return -of_right @ solution.mT, of_right
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

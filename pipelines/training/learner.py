@@ -19,7 +19,7 @@ from d2l.base_model import BaseModel
 from d2l.factors import Factors, map_tensors
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
-from d2l.losses import cross_entropy, distillation, divergence, l1, mean_by_document
+from d2l.losses import cross_entropy, distillation, divergence, l1, mean_by_document, reduce_parts
 from pipelines.recipes import LossConfig
 from pipelines.training.batches import TrainingBatch
 
@@ -110,8 +110,8 @@ class MetaLearner(nn.Module):
                 answer_loss = mean(cross_entropy(logits, batch.labels))
             loss = self.weights.answers * answer_loss if batch.learns_answers else torch.zeros_like(answer_loss)
             right = logits.detach().argmax(-1) == batch.labels
-            exact = torch.stack([part.all() for part in right.split(batch.answer_lengths)]).float().mean()
-            metrics = {"answer_loss": answer_loss, "token_accuracy": right.float().mean(), "exact_match": exact}
+            exact = reduce_parts(right.float(), "min", batch.answer_lengths)
+            metrics = {"answer_loss": answer_loss, "token_accuracy": right.float().mean(), "exact_match": exact.mean()}
         if batch.teacher_ids is not None:
             assert batch.teacher_log_probs is not None
             metrics["teacher_loss"] = mean(distillation(logits, batch.teacher_log_probs, batch.teacher_ids))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2l import generation
+from d2l import generation, injection
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, concat_ranks, map_tensors, spread_layers, stack
@@ -89,9 +90,15 @@ def test_adapters_may_be_shared_in_any_order(tiny_llama: BaseModel, adapters: li
             torch.testing.assert_close(together[row, t], expected, atol=1e-4, rtol=0)
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.none() | st.integers(0, 2)), min_size=1, max_size=7), st.booleans())
-def test_segments_may_lie_anywhere(tiny_llama: BaseModel, segments: list[tuple[int, int | None]], flat: bool) -> None:
-    """Of any lengths, empty ones too, over row ends, in batches [rows, tokens] and [tokens]."""
+@given(
+    st.lists(st.tuples(st.integers(0, 4) | st.just(20), st.none() | st.integers(0, 2)), min_size=1, max_size=7),
+    st.booleans(),
+    st.sampled_from([injection._SHORT, 1000]),
+)
+def test_segments_may_lie_anywhere(
+    tiny_llama: BaseModel, segments: list[tuple[int, int | None]], flat: bool, short: int
+) -> None:
+    """Of any lengths, empty ones too, over row ends, in batches [rows, tokens] and [tokens], as CPUs do and others."""
     total = sum(length for length, _ in segments)
     segments = [*segments, (1 + total % 2, 0)]  # an even number of tokens
     owners = [adapter for length, adapter in segments for _ in range(length)]
@@ -99,7 +106,8 @@ def test_segments_may_lie_anywhere(tiny_llama: BaseModel, segments: list[tuple[i
     linear, factors = tiny_llama.targets("k_proj")[0], stack(several(tiny_llama, 2, 3, 1))
     x = torch.randn(len(owners), linear.in_features, generator=torch.Generator().manual_seed(0))
     placement = Segments(tuple(offsets), tuple(adapter for _, adapter in segments))
-    with inject(tiny_llama, factors, placement):
+    injection._group.cache_clear()
+    with mock.patch.object(injection, "_SHORT", short), inject(tiny_llama, factors, placement):
         y = linear(x if flat or len(owners) % 2 else x.view(2, -1, x.shape[-1])).view(len(owners), -1)
     a, b = (t[0] for t in factors["k_proj"])
     expected = [
