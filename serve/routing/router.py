@@ -3,19 +3,27 @@
 import asyncio
 import json
 import random
+from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from serve.routing.rendezvous import rank
+from serve.routing.rendezvous import order, rank
 
 
 class AdapterRouter(RequestRouter):
-    """Adapter affinity with bounded load."""
+    """Adapter affinity with bounded load.
+
+    When all are full, whoever looks for a replica may find another one than its own. That one goes to who has waited
+    longest of those whose own it is; only if there is none, to who found it.
+    """
 
     def initialize_state(self, comfortable: int) -> None:
         """See `rank`."""
         self._comfortable = comfortable
+        self._first: WeakKeyDictionary[asyncio.Future, str] = WeakKeyDictionary()
+        """The replica that each request is tried with first, if it is for an adapter."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -29,7 +37,22 @@ class AdapterRouter(RequestRouter):
         await asyncio.sleep(0)  # requests that were routed just now are sent first, and so are in the loads
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in _shuffled(replicas)}
-        return [[replicas[name]] for name in rank(_key(pending_request), loads, self._comfortable)]
+        ranked = rank(_key(pending_request), loads, self._comfortable)
+        if pending_request and _key(pending_request):
+            self._first[pending_request.future] = ranked[0]
+        return [[replicas[name]] for name in ranked]
+
+    def _fulfill_next_pending_request(
+        self, replica: RunningReplica, request_metadata: RequestMetadata | None = None
+    ) -> None:
+        finder = self._get_pending_request_matching_internal_request_id(request_metadata)
+        found = replica.replica_id.unique_id
+        if finder and self._first.get(finder.future, found) != found:
+            replicas = tuple(r.unique_id for r in self._replicas)
+            waiting = (p for p in self._pending_requests_to_fulfill if not p.future.done())
+            other = next((p for p in waiting if (key := _key(p)) and _home(key, replicas) == found), finder)
+            request_metadata = other.metadata
+        super()._fulfill_next_pending_request(replica, request_metadata)
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
@@ -41,6 +64,12 @@ class AdapterRouter(RequestRouter):
         """
         waiting = (p for p in self._pending_requests_to_fulfill if p.metadata is request_metadata)
         return next((request for request in waiting if not request.future.done()), None)
+
+
+@lru_cache(maxsize=10_000)
+def _home(key: str, replicas: tuple[str, ...]) -> str:
+    """The replica that the key prefers, as long as that is not overloaded."""
+    return order(key, replicas)[0]
 
 
 def _shuffled(replicas: dict[str, RunningReplica]) -> list[tuple[str, RunningReplica]]:
