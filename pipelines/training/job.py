@@ -40,7 +40,7 @@ WORKER_ENVIRONMENT = {
     # much larger ones it should give back, or fragments pile up.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(2 << 30),
-    # Every batch has a shape of its own: with blocks of fixed size each takes new ones, on an H200 for a second or more.
+    # Every batch has a shape of its own: with blocks of fixed size each takes new ones, on an H200 for seconds.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     # What MLflow's server does not take is tried again by the tracker.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
