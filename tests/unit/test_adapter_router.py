@@ -96,7 +96,7 @@ async def served(adapters: list[str], seed: int) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_full_replica_goes_to_its_own_first(seed: int):
-    """Twelve wait, as many for each of three replicas: none goes astray, though only six at a time look for a replica."""
+    """Twelve wait, as many for each of three replicas: none goes astray, though only six at a time look for one."""
     names = ["one", "two", "three"]
     own: dict[str, list[str]] = {name: [] for name in names}
     for number in range(60):
