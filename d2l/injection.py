@@ -138,8 +138,7 @@ def _hook(a: Tensor, b: Tensor, placement: Placement, scale: float) -> Callable[
 Run = tuple[int, int, int | None]
 
 _SHORT = 8
-"""On CPUs, runs of fewer tokens are computed together: so small a product costs more to start than to do. On
-accelerators all are."""
+"""So few tokens' product costs more to start than to do."""
 
 
 class _Group(NamedTuple):
@@ -169,13 +168,18 @@ def _runs(segments: Segments) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+def _together(tokens: int, device: torch.device) -> bool:
+    """Whether a run of so many tokens is computed together with others; on accelerators all are."""
+    return tokens < _SHORT or device.type != "cpu"
+
+
 @lru_cache(maxsize=64)
 def _group(runs: tuple[Run, ...], device: torch.device) -> tuple[tuple[Run, ...], tuple[_Group, ...]]:
     """The long runs, with nothing to add in between, and the short ones as groups."""
     tokens: dict[int, list[int]] = {}
     long = []
     for start, end, adapter in runs:
-        if adapter is not None and (end - start < _SHORT or device.type != "cpu"):
+        if adapter is not None and _together(end - start, device):
             tokens.setdefault(adapter, []).extend(range(start, end))
             adapter = None
         long.append((start, end, adapter))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -11,12 +12,15 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from serve.routing.rendezvous import order, rank
 
+_PATIENCE_S = 2.0
+"""So long a request leaves replicas that are not its own to those that wait for them."""
+
 
 class AdapterRouter(RequestRouter):
     """Adapter affinity with bounded load.
 
     When all are full, whoever looks for a replica may find another one than its own. That one goes to who has waited
-    longest of those whose own it is; only if there is none, to who found it.
+    longest of those whom it suits; if there is none, or it has taken long, to who found it.
     """
 
     def initialize_state(self, comfortable: int) -> None:
@@ -47,10 +51,12 @@ class AdapterRouter(RequestRouter):
     ) -> None:
         finder = self._get_pending_request_matching_internal_request_id(request_metadata)
         found = replica.replica_id.unique_id
-        if finder and self._first.get(finder.future, found) != found:
+        patient = finder and time.time() - finder.created_at < _PATIENCE_S
+        if finder and patient and self._first.get(finder.future, found) != found:
             replicas = tuple(r.unique_id for r in self._replicas)
             waiting = (p for p in self._pending_requests_to_fulfill if not p.future.done())
-            other = next((p for p in waiting if (key := _key(p)) and _home(key, replicas) == found), finder)
+            other = next((p for p in waiting if (key := _key(p)) is None or _home(key, replicas) == found), finder)
+            finder.routing_context.should_backoff = other is finder  # there may be room for more
             request_metadata = other.metadata
         super()._fulfill_next_pending_request(replica, request_metadata)
 

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +12,11 @@ from ray.serve.request_router import PendingRequest
 
 from d2l.generation import SamplingConfig
 from serve.engine.deployment import EngineRequest
+from serve.routing import router
 from serve.routing.rendezvous import order
 from serve.routing.router import AdapterRouter
+
+NAMES = ["one", "two", "three"]
 
 
 class Replica:
@@ -31,11 +34,11 @@ class Replica:
         return self.requests
 
 
-def calls(adapters: list[str]) -> list[PendingRequest]:
+def calls(adapters: Sequence[str | None]) -> list[PendingRequest]:
     """As they are made while one HTTP request is answered: Serve gives them one id."""
     return [
         PendingRequest(
-            args=[EngineRequest([], "default", (adapter,), SamplingConfig())],
+            args=[EngineRequest([], "default", (adapter,) if adapter else (), SamplingConfig())],
             kwargs={},
             metadata=RequestMetadata("request", "internal", app_name="app"),
         )
@@ -46,20 +49,18 @@ def calls(adapters: list[str]) -> list[PendingRequest]:
 def router_of(seed: int) -> tuple[Any, list[Replica]]:
     """A router of three replicas."""
     random_ = random.Random(seed)
-    router: Any = AdapterRouter(DeploymentID("engine"), DeploymentHandleSource.REPLICA)
-    router.initialize_state(comfortable=4)
-    replicas = [
-        Replica(name, itertools.cycle([random_.uniform(0, 0.02) for _ in range(7)])) for name in ("one", "two", "three")
-    ]
-    router._replicas = {replica.replica_id: replica for replica in replicas}
-    router._replicas_list = replicas
-    return router, replicas
+    made: Any = AdapterRouter(DeploymentID("engine"), DeploymentHandleSource.REPLICA)
+    made.initialize_state(comfortable=4)
+    replicas = [Replica(name, itertools.cycle([random_.uniform(0, 0.02) for _ in range(7)])) for name in NAMES]
+    made._replicas = {replica.replica_id: replica for replica in replicas}
+    made._replicas_list = replicas
+    return made, replicas
 
 
 async def homes(adapters: list[str], seed: int) -> list[str]:
     """The replica that is found for each."""
-    router, _ = router_of(seed)
-    found = await asyncio.gather(*map(router._choose_replica_for_request, calls(adapters)))
+    made, _ = router_of(seed)
+    found = await asyncio.gather(*map(made._choose_replica_for_request, calls(adapters)))
     return [replica.replica_id.unique_id for replica in found]
 
 
@@ -71,54 +72,61 @@ def test_calls_of_one_request_get_each_their_own_replica(seed: int):
     assert asyncio.run(homes(adapters, seed)) == [alone[adapter] for adapter in adapters]
 
 
-async def served(adapters: list[str], seed: int) -> list[tuple[str, str]]:
-    """Adapters in the order in which they get a replica, and which: all are full, and one request at a time ends."""
-    router, replicas = router_of(seed)
-    served: list[tuple[str, str]] = []
+def own(name: str, count: int) -> list[str]:
+    """Adapters whose replica this is."""
+    adapters = (f"{number:032x}" for number in itertools.count())
+    return list(itertools.islice((a for a in adapters if order(f'["default", "{a}"]', NAMES)[0] == name), count))
+
+
+async def served(adapters: list[str | None], ends: list[str], seed: int) -> list[tuple[str | None, str]]:
+    """Which adapters, None for the bare model, get which replicas: all are full, and one request after another ends."""
+    made, replicas = router_of(seed)
+    served: list[tuple[str | None, str]] = []
     for replica in replicas:
         replica.requests = replica.max_ongoing_requests
 
-    async def ask(request: PendingRequest) -> None:
-        replica = await router._choose_replica_for_request(request)
+    async def ask(request: PendingRequest, adapter: str | None) -> None:
+        replica = await made._choose_replica_for_request(request)
         replica.requests += 1
-        router.on_send_request(replica.replica_id)
-        served.append((request.args[0].adapter_ids[0], replica.replica_id.unique_id))
+        made.on_send_request(replica.replica_id)
+        served.append((adapter, replica.replica_id.unique_id))
 
-    asked = [asyncio.create_task(ask(request)) for request in calls(adapters)]
-    for number in range(len(adapters)):
+    asked = [asyncio.create_task(ask(r, a)) for r, a in zip(calls(adapters), adapters, strict=True)]
+    for number, name in enumerate(ends, 1):
         await asyncio.sleep(0.05)
-        replicas[number % len(replicas)].requests -= 1
-        while len(served) == number:
+        replicas[NAMES.index(name)].requests -= 1
+        while len(served) < number:
             await asyncio.sleep(0.01)
-    await asyncio.gather(*asked)
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
     return served
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_full_replica_goes_to_its_own_first(seed: int):
-    """Twelve wait, as many for each of three replicas: none goes astray, though only six at a time look for one."""
-    names = ["one", "two", "three"]
-    own: dict[str, list[str]] = {name: [] for name in names}
-    for number in range(60):
-        adapter = f"{number:032x}"
-        own[order(f'["default", "{adapter}"]', names)[0]].append(adapter)
-    adapters = [adapter for four in (own[name][:4] for name in names) for adapter in four]
-    found = asyncio.run(served(adapters, seed))
-    assert sorted(adapter for adapter, _ in found) == sorted(adapters)
-    assert all(adapter in own[name] for adapter, name in found)
+def test_a_full_replica_goes_to_its_own_first(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Many wait for each of three replicas: none goes astray, though only six at a time look for one."""
+    monkeypatch.setattr(router, "_PATIENCE_S", 60)
+    waiting = [adapter for name in NAMES for adapter in own(name, 6)]
+    found = asyncio.run(served(waiting, NAMES * 4, seed))
+    assert len({adapter for adapter, _ in found}) == len(found) >= 12
+    assert all(adapter in own(name, 6) for adapter, name in found)
 
 
-def test_a_replica_that_nobody_waits_for_takes_any():
-    """All are for one replica, whose requests never end: the others take them."""
-    names = ["one", "two", "three"]
-    adapter = next(
-        f"{number:032x}" for number in range(60) if order(f'["default", "{number:032x}"]', names)[0] == "three"
-    )
+def test_the_bare_model_takes_what_those_before_it_leave(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(router, "_PATIENCE_S", 60)
+    found = asyncio.run(served([*own("three", 8), None], ["one"], 0))
+    assert found[0] == (None, "one")
 
-    async def spread() -> set[str]:
-        router, replicas = router_of(0)
-        replicas[2].requests = replicas[2].max_ongoing_requests
-        found = await asyncio.gather(*map(router._choose_replica_for_request, calls([adapter] * 6)))
-        return {replica.replica_id.unique_id for replica in found}
 
-    assert asyncio.run(spread()) <= {"one", "two"}
+def test_who_has_waited_long_takes_what_it_finds(monkeypatch: pytest.MonkeyPatch):
+    """Eight wait for a replica whose requests never end, others for one whose do."""
+    monkeypatch.setattr(router, "_PATIENCE_S", 0.2)
+    found = asyncio.run(served([*own("three", 8), *own("one", 8)], ["one"] * 6, 0))
+    assert {adapter for adapter, _ in found} & set(own("three", 8))
+
+
+def test_a_replica_that_nobody_waits_for_takes_any(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(router, "_PATIENCE_S", 60)
+    found = asyncio.run(served(list(own("three", 6)), ["one", "two"] * 2, 0))
+    assert {name for _, name in found} == {"one", "two"}

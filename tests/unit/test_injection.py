@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from unittest import mock
 
 import pytest
@@ -93,10 +93,10 @@ def test_adapters_may_be_shared_in_any_order(tiny_llama: BaseModel, adapters: li
 @given(
     st.lists(st.tuples(st.integers(0, 4) | st.just(20), st.none() | st.integers(0, 2)), min_size=1, max_size=7),
     st.booleans(),
-    st.sampled_from([injection._SHORT, 1000]),
+    st.booleans(),
 )
 def test_segments_may_lie_anywhere(
-    tiny_llama: BaseModel, segments: list[tuple[int, int | None]], flat: bool, short: int
+    tiny_llama: BaseModel, segments: list[tuple[int, int | None]], flat: bool, together: bool
 ) -> None:
     """Of any lengths, empty ones too, over row ends, in batches [rows, tokens] and [tokens], as CPUs do and others."""
     total = sum(length for length, _ in segments)
@@ -107,8 +107,10 @@ def test_segments_may_lie_anywhere(
     x = torch.randn(len(owners), linear.in_features, generator=torch.Generator().manual_seed(0))
     placement = Segments(tuple(offsets), tuple(adapter for _, adapter in segments))
     injection._group.cache_clear()
-    with mock.patch.object(injection, "_SHORT", short), inject(tiny_llama, factors, placement):
+    rule = mock.patch.object(injection, "_together", return_value=True) if together else nullcontext()
+    with rule, inject(tiny_llama, factors, placement):
         y = linear(x if flat or len(owners) % 2 else x.view(2, -1, x.shape[-1])).view(len(owners), -1)
+    injection._group.cache_clear()
     a, b = (t[0] for t in factors["k_proj"])
     expected = [
         linear(x_t) + (b[i].mT @ (a[i] @ x_t) if i is not None else 0) for x_t, i in zip(x, owners, strict=True)
@@ -155,9 +157,9 @@ def test_nothing_stays_on_the_modules(tiny_base: BaseModel, fails: str) -> None:
     ids = random_ids(tiny_base, 2, 5)
     clean, before = hooks(tiny_base), tiny_base.model(ids).logits
     factors = stack(several(tiny_base, 3, 3))
-    with ExitStack() as stack_of:
+    with ExitStack() as contextsof:
         if fails != "never":
-            stack_of.enter_context(pytest.raises(UserError if fails == "in the forward pass" else ZeroDivisionError))
+            contextsof.enter_context(pytest.raises(UserError if fails == "in the forward pass" else ZeroDivisionError))
         with inject(tiny_base, factors, Rows((0, 1))):
             changed = tiny_base.model(ids).logits
             if fails == "inside":

@@ -44,7 +44,7 @@ def test_regression_solves_the_normal_equations(count: int) -> None:
 def test_gradients_are_those_of_the_normal_equations(count: int) -> None:
     a, b = (t.requires_grad_() for t in rows(count)["down_proj"])
     s = torch.tensor([0.7, 0.1, 4.0], requires_grad=True)
-    inputs, weights = (a, b, s), torch.randn(3, D_OUT, D_IN, dtype=torch.float64)
+    inputs, weights = (a, b, s), delta(rows(3, seed=1))["down_proj"]
     found = delta(regress({"down_proj": LowRank(a, b)}, {"down_proj": s}))["down_proj"]
     s_L11, a_LRi, b_LRo = s.double().view(-1, 1, 1), a.double(), b.double()
     expected = (1 + s_L11) * b_LRo.mT @ a_LRi @ torch.linalg.inv(torch.eye(D_IN) + s_L11 * a_LRi.mT @ a_LRi)
@@ -52,8 +52,9 @@ def test_gradients_are_those_of_the_normal_equations(count: int) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_documents_of_a_batch_are_regressed_as_each_alone() -> None:
-    parts = [rows(9, seed) for seed in range(4)]
+@pytest.mark.parametrize("count", [9, D_IN + 9])
+def test_documents_of_a_batch_are_regressed_as_each_alone(count: int) -> None:
+    parts = [rows(count, seed) for seed in range(4)]
     together = delta(regress(stack(parts), STRENGTHS))["down_proj"]
     for i, part in enumerate(parts):
         torch.testing.assert_close(together[:, i], delta(regress(part, STRENGTHS))["down_proj"], rtol=1e-4, atol=1e-5)
