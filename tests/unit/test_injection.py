@@ -157,9 +157,9 @@ def test_nothing_stays_on_the_modules(tiny_base: BaseModel, fails: str) -> None:
     ids = random_ids(tiny_base, 2, 5)
     clean, before = hooks(tiny_base), tiny_base.model(ids).logits
     factors = stack(several(tiny_base, 3, 3))
-    with ExitStack() as contextsof:
+    with ExitStack() as stack_of:
         if fails != "never":
-            contextsof.enter_context(pytest.raises(UserError if fails == "in the forward pass" else ZeroDivisionError))
+            stack_of.enter_context(pytest.raises(UserError if fails == "in the forward pass" else ZeroDivisionError))
         with inject(tiny_base, factors, Rows((0, 1))):
             changed = tiny_base.model(ids).logits
             if fails == "inside":
