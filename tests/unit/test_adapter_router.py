@@ -107,10 +107,10 @@ async def served(adapters: list[str | None], ends: list[str], seed: int) -> list
 def test_a_full_replica_goes_to_its_own_first(seed: int, monkeypatch: pytest.MonkeyPatch):
     """Many wait for each of three replicas: none goes astray, though only six at a time look for one."""
     monkeypatch.setattr(router, "_PATIENCE_S", 60)
-    waiting = [adapter for name in NAMES for adapter in own(name, 6)]
+    waiting = [adapter for name in NAMES for adapter in own(name, 24)]  # a slot may be found by six at a time
     found = asyncio.run(served(waiting, NAMES * 4, seed))
     assert len({adapter for adapter, _ in found}) == len(found) >= 12
-    assert all(adapter in own(name, 6) for adapter, name in found)
+    assert all(adapter in own(name, 24) for adapter, name in found)
 
 
 def test_the_bare_model_takes_what_those_before_it_leave(monkeypatch: pytest.MonkeyPatch):
