@@ -1,10 +1,13 @@
-"""Adapters in memory, bounded by bytes, the least recently used leaving first, those in use never.
+"""Adapters in memory, bounded by bytes, the least used leaving first, those in use never.
+
+How often each was used is remembered beyond its stay, and counts ever less (as in TinyLFU, arXiv 1512.00727): the many
+documents that are asked about once are not to drive out the few that are asked about again and again.
 
 Loads run concurrently and wait for nobody; requests for an adapter that is being loaded share its load.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ from d2l.adapter import Adapter
 
 Key = tuple[str, tuple[str, ...]]
 """Tenant and adapter ids: one, or those of a composition."""
+_HALVED_AFTER = 10
+"""All counts are halved after so many uses for each adapter that is held."""
 
 
 @dataclass
@@ -40,6 +45,9 @@ class AdapterCache:
         self._capacity = capacity_bytes
         self._load = load
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
+        """The least recently used first."""
+        self._uses: Counter[Key] = Counter()
+        self._uses_since_halved = 0
 
     @asynccontextmanager
     async def use(self, key: Key) -> AsyncIterator[Adapter]:
@@ -56,6 +64,7 @@ class AdapterCache:
         else:
             self.hits += 1
         self._entries.move_to_end(key)
+        self._count(key)
         entry.users += 1
         try:
             yield await asyncio.shield(entry.load)  # one request's end is not that of the others' load
@@ -73,10 +82,18 @@ class AdapterCache:
         self.nbytes += entry.nbytes
         self._evict()
 
+    def _count(self, key: Key) -> None:
+        self._uses[key] += 1
+        self._uses_since_halved += 1
+        if self._uses_since_halved >= _HALVED_AFTER * len(self._entries):
+            self._uses = Counter({key: uses // 2 for key, uses in self._uses.items() if uses > 1})
+            self._uses_since_halved = 0
+
     def _evict(self) -> None:
-        for key, entry in list(self._entries.items()):
+        if self.nbytes <= self._capacity:
+            return
+        idle = [key for key, entry in self._entries.items() if not entry.users and entry.load.done()]
+        for key in sorted(idle, key=self._uses.__getitem__):  # of those as much used, the least recently used first
+            self.nbytes -= self._entries.pop(key).nbytes
             if self.nbytes <= self._capacity:
                 return
-            if not entry.users and entry.load.done():
-                del self._entries[key]
-                self.nbytes -= entry.nbytes

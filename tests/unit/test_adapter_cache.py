@@ -1,4 +1,4 @@
-"""Adapters in memory: bounded by bytes, least recently used first out but for those in use, loads shared."""
+"""Adapters in memory: bounded by bytes, the least used first out but for those in use, loads shared."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -39,13 +39,32 @@ def run(capacity: int, scenario: Callable[[AdapterCache, Loader], Awaitable[None
     asyncio.run(main())
 
 
-def test_least_recently_used_leaves_first():
+def test_of_those_used_as_much_the_least_recently_used_leaves_first():
     async def scenario(cache: AdapterCache, loader: Loader) -> None:
         for name in "abacab":
             assert (await get(cache, name)).name == name
         assert loader.loads == ["a", "b", "c", "b"]  # a, used again before c came, stayed
         assert cache.nbytes == 20
         assert (cache.hits, cache.loads) == (2, 4)
+
+    run(20, scenario)
+
+
+def test_what_is_asked_for_once_does_not_drive_out_what_is_asked_for_often():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        for name in [*"abab", *"cdefgh", *"ab"]:
+            await get(cache, name)
+        assert loader.loads == list("abcdefgh")
+
+    run(30, scenario)
+
+
+def test_what_was_asked_for_often_leaves_in_the_end():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        for name in "a" * 1000 + "bc" * 100:
+            await get(cache, name)
+        assert loader.loads[-2:] == ["b", "c"]
+        assert len(loader.loads) < 100
 
     run(20, scenario)
 
