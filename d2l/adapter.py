@@ -1,7 +1,7 @@
 """Adapters: what a document becomes. Arithmetic on them, and PEFT folders in and out.
 
-An adapter's rows are its document's (chunk factors, concatenated and compressed) and then the bias block, once. So
-composing is concatenating: delta(a + b) = delta(a) + delta(b) - delta(bias).
+An adapter's rows are its document's (chunk factors, concatenated and compressed) and then the bias block, once, which
+may have modules of its own. So composing is concatenating: delta(a + b) = delta(a) + delta(b) - delta(bias).
 
 On disk an adapter is a PEFT folder that `peft` and vLLM load as it is, plus `d2l.json`. `adapter_config.json` is the
 commit mark: it is written last, and a folder without it is not an adapter.
@@ -61,7 +61,8 @@ class Adapter:
     """A document's LoRA adapter: delta W = scale * B^T A for each target module and layer."""
 
     factors: Factors
-    """A [layers, rank, d_in], B [layers, rank, d_out]; the document's rows, then `bias_rank` bias rows."""
+    """A [layers, rank, d_in], B [layers, rank, d_out]; the document's rows, if the module has any, and then `bias_rank`
+    bias rows."""
     bias_rank: int
     """How many of the last rows are the hypernetwork's bias block."""
     scale: float
@@ -72,7 +73,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Rows in all, bias included."""
+        """Rows in all, bias included, of the module that has the most."""
         return rank_of(self.factors)
 
     @property
@@ -86,12 +87,13 @@ class Adapter:
         return sum(t.nbytes for pair in self.factors.values() for t in pair)
 
     def document_rows(self) -> Factors:
-        """The factors without the bias block."""
-        return map_tensors(self.factors, lambda t: t[:, : self.rank - self.bias_rank])
+        """The factors without the bias block, of the modules that have others."""
+        rows = map_tensors(self.factors, lambda t: t[:, : t.shape[1] - self.bias_rank])
+        return {name: pair for name, pair in rows.items() if pair.a.shape[1]}
 
     def bias_rows(self) -> Factors:
         """The bias block, rank `bias_rank`."""
-        return map_tensors(self.factors, lambda t: t[:, self.rank - self.bias_rank :])
+        return map_tensors(self.factors, lambda t: t[:, t.shape[1] - self.bias_rank :])
 
     def scaled_factors(self) -> Factors:
         """Factors with the scale multiplied into B, so that adapters of several scales share a batch."""
@@ -138,9 +140,13 @@ class Adapter:
         }
         from peft import LoraConfig  # takes seconds to import, and only who writes adapters needs it
 
+        ranks = {name: pair.a.shape[1] for name, pair in self.factors.items()}
+        fewer = {name: rank for name, rank in ranks.items() if rank != self.rank}
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.scale * self.rank,  # type: ignore[arg-type]
+            rank_pattern=fewer,
+            alpha_pattern={name: self.scale * rank for name, rank in fewer.items()},  # type: ignore[misc]
             target_modules=sorted(self.factors),
             layers_to_transform=sorted({_layer(path) for paths in self.paths.values() for path in paths}),
             base_model_name_or_path=self.provenance.base_model,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from d2l.base_model import BaseModel
 from d2l.chunking import ChunkBatch
 from d2l.errors import UserError
+from d2l.injection import PlacedRows, inject
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,27 @@ class ContextEncoder:
         self.layers = base.layers[: self.depth]
         self.read_layers = [self.layers[layer] for layer in adapted]
         self.targets = {name: [base.targets(name)[layer] for layer in adapted] for name in target_modules}
-        self._lock = base.lock
+        self.base = base
         self.decoder = copy.copy(base.decoder)
         self.decoder._modules = dict(base.decoder._modules)
         name = next(name for name, child in base.decoder.named_children() if child is base.layers)
         setattr(self.decoder, name, self.layers)
 
     @torch.no_grad()
-    def __call__(self, batch: ChunkBatch) -> Features:
-        """Encode chunks; causal attention makes the padding on the right invisible. Threads take turns."""
+    def __call__(self, batch: ChunkBatch, reader: PlacedRows | None = None) -> Features:
+        """Encode chunks; causal attention makes the padding on the right invisible. Threads take turns.
+
+        Args:
+            batch: the chunks.
+            reader: adapters that the base model has meanwhile, one for each chunk.
+        """
         streams: list[Tensor] = []
         embedded: list[Tensor] = []
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.targets}
         with ExitStack() as stack:
-            stack.enter_context(self._lock)  # hooks on modules that others may be running, too
+            stack.enter_context(self.base.lock)  # hooks on modules that others may be running, too
+            if reader:
+                stack.enter_context(inject(self.base, *reader))
             if self.kind != "early_exit":
                 stack.enter_context(_recording(self.read_layers, streams))
             if self.kind == "activations":

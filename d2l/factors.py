@@ -30,8 +30,8 @@ _OVERSAMPLING = 8
 
 
 def rank_of(factors: Factors) -> int:
-    """The rank shared by all modules; 0 for no factors."""
-    return next((pair.a.shape[-2] for pair in factors.values()), 0)
+    """The rank of the module that has the most rows; 0 for no factors."""
+    return max((pair.a.shape[-2] for pair in factors.values()), default=0)
 
 
 def map_tensors(factors: Factors, function: Callable[[Tensor], Tensor]) -> Factors:
@@ -40,8 +40,10 @@ def map_tensors(factors: Factors, function: Callable[[Tensor], Tensor]) -> Facto
 
 
 def concat_ranks(parts: Sequence[Factors]) -> Factors:
-    """The sum of the parts' updates: their rows one after the other."""
-    return _join(parts, lambda tensors: torch.cat(tensors, -2))
+    """The sum of the parts' updates: their rows one after the other. A module need not be in all of them."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    pairs = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: LowRank(*(torch.cat(t, -2) for t in zip(*same, strict=True))) for name, same in pairs.items()}
 
 
 def level(factors: Factors) -> Factors:
@@ -53,10 +55,18 @@ def level(factors: Factors) -> Factors:
 
 
 def stack(parts: Sequence[Factors]) -> Factors:
-    """Factors [layers, rank, .] as one batch [layers, parts, rank, .]: zero rows fill ranks up to the largest."""
-    rank = max(map(rank_of, parts))
-    padded = [map_tensors(part, lambda t: pad(t, (0, 0, 0, rank - t.shape[-2]))) for part in parts]
-    return _join(padded, lambda tensors: torch.stack(tensors, 1))
+    """Factors [layers, rank, .] as one batch [layers, parts, rank, .].
+
+    Rows of zeros fill up each module's ranks to its largest, and stand for a module that a part has not.
+    """
+    factors = {}
+    for name, any_pair in {name: pair for part in parts for name, pair in part.items()}.items():
+        none = LowRank(*(t[:, :0] for t in any_pair))
+        pairs = [part.get(name, none) for part in parts]
+        rank = max(pair.a.shape[-2] for pair in pairs)
+        padded = ([pad(t, (0, 0, 0, rank - t.shape[-2])) for t in side] for side in zip(*pairs, strict=True))
+        factors[name] = LowRank(*(torch.stack(side, 1) for side in padded))
+    return factors
 
 
 def spread_layers(factors: Factors, layers: Sequence[int], wanted: Sequence[int]) -> Factors:
@@ -69,13 +79,6 @@ def spread_layers(factors: Factors, layers: Sequence[int], wanted: Sequence[int]
         return t.new_zeros(len(wanted), *t.shape[1:]).index_copy(0, places.to(t.device), t)
 
     return map_tensors(factors, spread)
-
-
-def _join(parts: Sequence[Factors], function: Callable[[list[Tensor]], Tensor]) -> Factors:
-    return {
-        name: LowRank(function([part[name].a for part in parts]), function([part[name].b for part in parts]))
-        for name in parts[0]
-    }
 
 
 def split_documents(factors: Factors, chunks_per_document: Sequence[int]) -> list[Factors]:

@@ -24,6 +24,7 @@ from d2l.config import from_dict, load_json, save_json, to_dict
 from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, combine_chunks, split_documents, stack
+from d2l.injection import PlacedRows, Rows
 from d2l.memory import regress
 
 FORMAT_VERSION = 3
@@ -40,6 +41,9 @@ class HypernetworkConfig:
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig("activations"))
     target_modules: tuple[str, ...] = ("down_proj",)
     """Linear modules that get an adapter in every adapted layer."""
+    reading_modules: tuple[str, ...] = ()
+    """Linear modules that get bias rows and no others. Those are there while documents are read, too: what a document
+    is remembered by, and what a question looks for, are then activations of the same model."""
     layers: tuple[int, ...] | None = None
     """The adapted layers, from 0, for the encoder `activations`; by default all that it runs. Others adapt all."""
     rank: int = 8
@@ -67,8 +71,12 @@ class Hypernetwork(nn.Module):
         if config.encoder.kind not in module.Generator.encoder_kinds:
             kinds = ", ".join(module.Generator.encoder_kinds)
             raise UserError(f"generator {config.generator} reads {kinds}, not {config.encoder.kind!r}")
-        sizes = {name: base.targets(name)[0] for name in config.target_modules}
-        self.modules_shapes = {name: (linear.in_features, linear.out_features) for name, linear in sizes.items()}
+        self.modules_shapes = _shapes(base, config.target_modules)
+        self.reading_shapes = _shapes(base, config.reading_modules)
+        if both := sorted(self.modules_shapes.keys() & self.reading_shapes):
+            raise UserError(f"{', '.join(both)}: in target_modules and in reading_modules; a module can be in one")
+        if self.reading_shapes and not config.bias_rank:
+            raise UserError("reading_modules get bias rows only, and bias_rank is 0; give at least 1")
         run = self.encoder.depth if config.encoder.kind == "activations" else len(base.layers)
         self.layers = tuple(range(run)) if config.layers is None else config.layers
         layers = len(self.layers)
@@ -76,7 +84,7 @@ class Hypernetwork(nn.Module):
         generator_config = from_dict(module.Config, config.generator_config, f"generator {config.generator}")
         self.generator = module.Generator(generator_config, shapes, config.encoder.kind, config.rank)
         self.bias = nn.ParameterDict()
-        for name, (d_in, d_out) in self.modules_shapes.items() if config.bias_rank else ():
+        for name, (d_in, d_out) in (self.modules_shapes | self.reading_shapes).items() if config.bias_rank else ():
             spread = 0.2 / (d_in * config.bias_rank) ** 0.5
             self.bias[f"{name}_a"] = nn.Parameter(torch.randn(layers, config.bias_rank, d_in) * spread)
             self.bias[f"{name}_b"] = nn.Parameter(torch.zeros(layers, config.bias_rank, d_out))
@@ -90,11 +98,21 @@ class Hypernetwork(nn.Module):
         """The bias block, A [layers, bias_rank, d_in]; None where there is none."""
         if not self.bias:
             return None
-        return {name: LowRank(self.bias[f"{name}_a"], self.bias[f"{name}_b"]) for name in self.config.target_modules}
+        names = self.modules_shapes | self.reading_shapes
+        return {name: LowRank(self.bias[f"{name}_a"], self.bias[f"{name}_b"]) for name in names}
 
     def forward(self, batch: ChunkBatch) -> Factors:
         """Encode chunks and write their rows, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
-        return self.generator(self.encoder(batch))
+        return self.generator(self.encoder(batch, self._reader(len(batch.ids))))
+
+    def _reader(self, rows: int) -> PlacedRows | None:
+        """The bias rows that are there while documents are read, for a batch of so many chunks."""
+        if not self.reading_shapes:
+            return None
+        scale, dtype = self.config.scale, self.encoder.base.dtype
+        pairs = {name: (self.bias[f"{name}_a"], scale * self.bias[f"{name}_b"]) for name in self.reading_shapes}
+        factors = {name: LowRank(*(t.to(dtype).unsqueeze(1) for t in pair)) for name, pair in pairs.items()}
+        return PlacedRows(factors, Rows((0,) * rows), self.layers)
 
     def join(self, rows: Factors, chunks_per_document: Sequence[int]) -> Factors:
         """Rows of chunks, documents one after the other, to LoRA factors [layers, documents, R, .]."""
@@ -177,6 +195,11 @@ class Hypernetwork(nn.Module):
         )
         hypernetwork._fingerprint = values["fingerprint"]
         return hypernetwork.eval()
+
+
+def _shapes(base: BaseModel, modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    linear = {name: base.targets(name)[0] for name in modules}
+    return {name: (module.in_features, module.out_features) for name, module in linear.items()}
 
 
 def base_model_of(folder: str | Path) -> str:

@@ -73,7 +73,7 @@ class Internalizer:
         self._affixes = Affixes.of(base.tokenizer)
         self._paths = {
             name: tuple(base.target_paths(name)[layer] for layer in hypernetwork.layers)
-            for name in hypernetwork.config.target_modules
+            for name in (*hypernetwork.config.target_modules, *hypernetwork.config.reading_modules)
         }
         self._fingerprint = hypernetwork.fingerprint()
         strengths, bias = hypernetwork.generator.strengths(), hypernetwork.bias_factors()

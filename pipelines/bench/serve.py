@@ -285,11 +285,14 @@ def _cold_to_warm(config: BenchServeConfig, name: str, base: BaseModel, adapters
 
 def random_adapter(base: BaseModel, made_by: Hypernetwork, rank: int) -> Adapter:
     """An adapter of small random numbers, for what depends on sizes only: layers and modules are the hypernetwork's."""
+    bias_rank = made_by.config.bias_rank if made_by.reading_shapes else 1
 
-    def draw(width: int) -> torch.Tensor:
-        return torch.randn(len(made_by.layers), rank, width, device=base.device).to(base.dtype) * 1e-3
+    def draw(rows: int, width: int) -> torch.Tensor:
+        return torch.randn(len(made_by.layers), rows, width, device=base.device).to(base.dtype) * 1e-3
 
-    factors = {name: LowRank(draw(d_in), draw(d_out)) for name, (d_in, d_out) in made_by.modules_shapes.items()}
+    rows = dict.fromkeys(made_by.modules_shapes, rank) | dict.fromkeys(made_by.reading_shapes, bias_rank)
+    shapes = made_by.modules_shapes | made_by.reading_shapes
+    factors = {name: LowRank(draw(rows[name], d_in), draw(rows[name], d_out)) for name, (d_in, d_out) in shapes.items()}
     origin = Provenance("0" * 64, 1, 1, "0" * 16, base.name, base.digests)
     paths = {name: tuple(base.target_paths(name)[layer] for layer in made_by.layers) for name in factors}
-    return Adapter(factors, 1, 1.0, paths, origin)
+    return Adapter(factors, bias_rank, 1.0, paths, origin)

@@ -2,7 +2,7 @@
 
 Stacking them anew whenever a row comes or goes would copy all of them. Here each has a slot in a table of its kind,
 which it keeps after its last row has gone until another adapter needs it; only a new one is copied. A kind is a power
-of two of rows of rank, modules and layers: one large composition does not make all others as large.
+of two of rows for each module, and the layers: one large composition does not make all others as large.
 """
 
 from collections import Counter
@@ -15,18 +15,18 @@ from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.factors import Factors, LowRank
 
-_Kind = tuple[int, tuple[str, ...], tuple[int, ...]]
+_Kind = tuple[tuple[tuple[str, int], ...], tuple[int, ...]]
 
 
 class Table:
     """Adapters of one kind; zeros fill up ranks."""
 
-    def __init__(self, base: BaseModel, rank: int, layers: tuple[int, ...]):
+    def __init__(self, base: BaseModel, ranks: dict[str, int], layers: tuple[int, ...]):
         self.factors: Factors = {}
-        """A [layers, slots, rank, d_in], B [layers, slots, rank, d_out], scales included."""
+        """A [layers, slots, the module's rank, d_in], B [layers, slots, rank, d_out], scales included."""
         self.layers = layers
         """The base model's layers that the factors are for."""
-        self._rank = rank
+        self._ranks = ranks
         self._zeros = partial(torch.zeros, dtype=base.dtype, device=base.device)
         self._adapters: list[Adapter | None] = []
         self._users: Counter[int] = Counter()
@@ -54,14 +54,15 @@ class Table:
 
     def _write(self, adapter: Adapter, index: int) -> None:
         for name, own in adapter.scaled_factors().items():
-            table = self.factors.get(name) or LowRank(*(self._zeros(len(t), 0, self._rank, t.shape[-1]) for t in own))
+            rank = self._ranks[name]
+            table = self.factors.get(name) or LowRank(*(self._zeros(len(t), 0, rank, t.shape[-1]) for t in own))
             if index >= table.a.shape[1]:
                 more = max(1, index)
                 table = LowRank(*(torch.cat([t, self._zeros(len(t), more, *t.shape[2:])], 1) for t in table))
             self.factors[name] = table
             for t, own_t in zip(table, own, strict=True):
-                t[:, index, : adapter.rank] = own_t
-                t[:, index, adapter.rank :] = 0
+                t[:, index, : own_t.shape[1]] = own_t
+                t[:, index, own_t.shape[1] :] = 0
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class AdapterSlots:
 
     def acquire(self, adapter: Adapter) -> Slot:
         """The adapter's slot, which is its own until released as often as acquired. The same object is one adapter."""
-        rank = 1 << (adapter.rank - 1).bit_length()
-        kind = (rank, tuple(sorted(adapter.factors)), adapter.layers)
+        ranks = {name: 1 << (pair.a.shape[1] - 1).bit_length() for name, pair in adapter.factors.items()}
+        kind = (tuple(sorted(ranks.items())), adapter.layers)
         if kind not in self._tables:
-            self._tables[kind] = Table(self._base, rank, adapter.layers)
+            self._tables[kind] = Table(self._base, ranks, adapter.layers)
         return Slot(self._tables[kind], self._tables[kind].acquire(adapter))
 
     def release(self, slot: Slot) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from d2l.base_model import BaseModel
 from serve.engine.adapter_slots import AdapterSlots, Slot
-from tests.conftest import random_adapter
+from tests.conftest import random_adapter, random_factors
 
 KINDS = (
     {"rank": 2},
@@ -19,7 +19,9 @@ KINDS = (
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=30))
 def test_slots_hold_their_adapters(tiny_llama: BaseModel, steps: list[tuple[int, bool]]):
     """Adapters of several ranks, modules and layers, acquired and released at random."""
-    adapters = [random_adapter(tiny_llama, seed=i, **KINDS[i % len(KINDS)]) for i in range(8)]
+    bias = random_factors(tiny_llama, 3, 9, ("down_proj", "q_proj"))
+    adapters = [random_adapter(tiny_llama, seed=i, **KINDS[i % len(KINDS)]) for i in range(7)]
+    adapters.append(random_adapter(tiny_llama, 6, bias=bias))  # more rows in one module than in the other
     slots = AdapterSlots(tiny_llama)
     held: list[tuple[int, Slot]] = []
     for number, acquire in steps:
