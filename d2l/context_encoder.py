@@ -96,13 +96,12 @@ class ContextEncoder:
         name = next(name for name, child in base.decoder.named_children() if child is base.layers)
         setattr(self.decoder, name, self.layers)
 
-    @torch.no_grad()
     def __call__(self, batch: ChunkBatch, reader: PlacedRows | None = None) -> Features:
         """Encode chunks; causal attention makes the padding on the right invisible. Threads take turns.
 
         Args:
             batch: the chunks.
-            reader: adapters that the base model has meanwhile, one for each chunk.
+            reader: adapters that the base model has meanwhile, one for each chunk. They are all that may get gradients.
         """
         streams: list[Tensor] = []
         embedded: list[Tensor] = []
@@ -117,6 +116,8 @@ class ContextEncoder:
                 stack.enter_context(_recording(self.layers[:1], embedded))
             for name, modules in self.targets.items() if self.kind == "activations" else ():
                 stack.enter_context(_recording(modules, inputs[name]))
+            learns = reader is not None and any(t.requires_grad for pair in reader.factors.values() for t in pair)
+            stack.enter_context(torch.set_grad_enabled(learns and torch.is_grad_enabled()))
             final = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
         return Features(
             final,

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from d2l.factors import Factors
 
+_SHARPNESS = 10.0
+"""What weights of reading, about 1 at most, are multiplied by to be the logits of a choice among hundreds of rows."""
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Loss of each token, [tokens] float32, from logits [tokens, vocabulary] and labels [tokens]."""
@@ -44,6 +47,24 @@ def divergence(logits: Tensor, own_logits: Tensor) -> Tensor:
     """
     adapted, own = logits.float().log_softmax(-1), own_logits.float().log_softmax(-1)
     return F.kl_div(adapted, own, reduction="none", log_target=True).sum(-1)
+
+
+def addressing(weights: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """How far questions are from looking where the document says their answers: cross-entropy, in nats.
+
+    Args:
+        weights: how much of each row's value each answer token's predecessor reads, [layers, tokens, rows]
+            (`memory.read_weights`).
+        tokens: which of these tokens is to look, [pairs] int64.
+        rows: at which row, [pairs] int64; where a token has several, any of them will do.
+
+    Returns:
+        [layers, tokens].
+    """
+    logits = _SHARPNESS * weights
+    wanted = torch.zeros(weights.shape[1:], dtype=torch.bool, device=weights.device)
+    wanted[tokens, rows] = True
+    return logits.logsumexp(-1) - logits.masked_fill(~wanted, -torch.inf).logsumexp(-1)
 
 
 def mean_by_document(token_losses: Tensor, answer_lengths: Sequence[int], questions: Sequence[int]) -> Tensor:

@@ -114,6 +114,21 @@ def regress(rows: Factors, strengths: Strengths | None) -> Factors:
     return level(factors)
 
 
+def read_weights(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    """How much of each row's value an input reads: times B, they are what the update adds.
+
+    Args:
+        a: keys, [layers, R, d_in].
+        x: inputs of the target module, [layers, inputs, d_in].
+        s: of each layer, [layers].
+
+    Returns:
+        [layers, inputs, R] float32, with gradients.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return _solved(_product(a, a.mT), _product(a, x.mT), s.view(-1, 1, 1)).mT
+
+
 def _regress(a: Tensor, b: Tensor, s: Tensor) -> LowRank:
     """One layer's, or all layers' with one s each, by whichever of the two systems is the smaller."""
     with torch.autocast(a.device.type, enabled=False):

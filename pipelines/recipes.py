@@ -87,6 +87,9 @@ class LossConfig:
     """Cross-entropy against the teacher's log-probabilities."""
     l1: float = 0.0
     """Mean absolute value of the generated factors."""
+    addressing: float = 0.0
+    """Cross-entropy of where in the document a question looks, against where its answer stands. Only with it do the
+    hypernetwork's `reading_modules` learn. For generators that write a row for every token."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def pack(
 def unrelated(batch: PackedBatch) -> PackedBatch:
     """The batch, with each document asked the questions of the one before it."""
     documents = [
-        replace(own, prompts=other.prompts, answers=other.answers, targets=None, text=None)
+        replace(own, prompts=other.prompts, answers=other.answers, targets=None, found=None, text=None)
         for own, other in zip(batch.documents, batch.documents[-1:] + batch.documents[:-1], strict=True)
     ]
     return PackedBatch("unrelated", False, documents, unrelated=True)
@@ -100,6 +100,9 @@ class TrainingBatch:
     """[answer tokens] int64: the tokens of all answers, one after the other."""
     answer_lengths: list[int]
     """Tokens of each answer, the end token included."""
+    found: Tensor | None
+    """[n, 3] int64, where answers were looked for: an answer token (its place in `labels`), and the row and column in
+    `chunks` of the token before it in its document."""
     teacher_ids: Tensor | None
     """[answer tokens, k] int64, where the teacher is learned from."""
     teacher_log_probs: Tensor | None
@@ -148,9 +151,22 @@ def collate(batch: PackedBatch, affixes: Affixes, pad_id: int) -> TrainingBatch:
         places=torch.from_numpy(np.concatenate(places)),
         labels=torch.from_numpy(np.concatenate(answers).astype(np.int64)),
         answer_lengths=[len(answer) for answer in answers],
+        found=_found(documents, len(affixes.prefix)),
         teacher_ids=torch.from_numpy(np.concatenate([t.ids for t in targets]).astype(np.int64)) if targets else None,
         teacher_log_probs=torch.from_numpy(np.concatenate([t.log_probs for t in targets])) if targets else None,
     )
+
+
+def _found(documents: Sequence[Document], prefix: int) -> Tensor | None:
+    if any(document.found is None for document in documents):
+        return None
+    places, labels, chunks = [], 0, 0
+    for document in documents:
+        for answer, found in zip(document.answers, document.found or (), strict=True):
+            places.append(found + np.array([labels, chunks, prefix]))
+            labels += len(answer)
+        chunks += len(document.chunks)
+    return torch.from_numpy(np.concatenate(places).astype(np.int64))
 
 
 def _common_prefix(prompts: Sequence[np.ndarray]) -> int:

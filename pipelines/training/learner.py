@@ -16,13 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from d2l.base_model import BaseModel
+from d2l.chunking import ChunkBatch
+from d2l.errors import UserError
 from d2l.factors import Factors, map_tensors
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
-from d2l.losses import cross_entropy, distillation, divergence, l1, mean_by_document, reduce_parts
+from d2l.losses import addressing, cross_entropy, distillation, divergence, l1, mean_by_document, reduce_parts
+from d2l.memory import read_weights
 from pipelines.recipes import LossConfig
 from pipelines.training.batches import TrainingBatch
 
+_ADDRESSED = 0.4
+"""Share of the base model's depth from which on questions are to look where their answers stand: not before they have
+been understood."""
 Adapted = Callable[[Sequence[int]], AbstractContextManager[None]]
 """See `MetaLearner.adapters`."""
 
@@ -34,6 +40,12 @@ class MetaLearner(nn.Module):
         self, base: BaseModel, hypernetwork: Hypernetwork, loss: LossConfig, gradient_checkpointing: bool = False
     ):
         super().__init__()
+        if loss.addressing and hypernetwork.generator.strengths() is None:
+            raise UserError(
+                f"loss.addressing is for a generator whose rows are regressed, not {hypernetwork.config.generator}"
+            )
+        for parameter in hypernetwork.reading_parameters():
+            parameter.requires_grad_(loss.addressing > 0)
         self.hypernetwork = hypernetwork
         self._base = [base]  # a list hides the frozen model from nn.Module
         self.weights = loss
@@ -45,7 +57,7 @@ class MetaLearner(nn.Module):
         Returns:
             The loss, a scalar; and `answer_loss`, `token_accuracy`, `exact_match` (share of answers that are right
             throughout, given their beginnings), or where questions are unrelated `divergence_loss`; where there is a
-            teacher `teacher_loss`, where it counts `l1`.
+            teacher `teacher_loss`, where they count `l1` and `addressing_loss`.
         """
         rows, adapted = self.adapters(batch)
         return self._losses(batch, self._logits(batch, adapted), rows)
@@ -119,7 +131,30 @@ class MetaLearner(nn.Module):
         if self.weights.l1:
             metrics["l1"] = l1(rows)
             loss = loss + self.weights.l1 * metrics["l1"]
+        if self.weights.addressing and batch.found is not None:
+            metrics["addressing_loss"] = self._addressing(batch, batch.found, rows)
+            loss = loss + self.weights.addressing * metrics["addressing_loss"]
         return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def _addressing(self, batch: TrainingBatch, found_P3: Tensor, rows: Factors) -> Tensor:
+        """The mean over modules, layers, documents, and answer tokens that their documents have."""
+        base, strengths = self._base[0], self.hypernetwork.generator.strengths()
+        late = [i for i, layer in enumerate(self.hypernetwork.layers) if layer >= _ADDRESSED * len(base.layers)]
+        everywhere = torch.ones_like(batch.ids, dtype=torch.bool)
+        seen = self.hypernetwork.read(ChunkBatch(batch.ids, everywhere, everywhere)).inputs
+        losses, first = [], 0
+        for count in batch.chunks_per_document:
+            pairs_P3 = found_P3[(found_P3[:, 1] >= first) & (found_P3[:, 1] < first + count)]
+            content_CT = batch.chunks.content[first : first + count]
+            numbers_CT = (content_CT.flatten().cumsum(0) - 1).view_as(content_CT)
+            asked, tokens = pairs_P3[:, 0].unique(return_inverse=True)
+            for name, (a, _) in rows.items() if len(asked) else ():
+                keys = a[late, first : first + count][:, content_CT]
+                x = torch.stack([seen[name][i].flatten(0, 1)[batch.places[asked]] for i in late])
+                weights = read_weights(keys, nn.functional.normalize(x.float(), dim=-1), strengths[name][late])
+                losses.append(addressing(weights, tokens, numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]).mean())
+            first += count
+        return torch.stack(losses).mean() if losses else next(iter(rows.values())).a.sum() * 0
 
 
 def _owners(rows: Sequence[int]) -> tuple[int, ...]:

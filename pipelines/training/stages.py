@@ -70,7 +70,8 @@ def open_stages(recipe: Recipe) -> list[StageData]:
     tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.base))
     opened = []
     for number, stage in enumerate(recipe.stages):
-        config = SourceConfig(recipe.hypernetwork.chunking, stage.chunk_counts, recipe.prose)
+        locate = recipe.loss.addressing > 0
+        config = SourceConfig(recipe.hypernetwork.chunking, stage.chunk_counts, recipe.prose, locate=locate)
         seeds = [f"{recipe.seed}/{number}/{i}" for i in range(len(stage.mixture))]
         tasks = tuple(share.task for share in stage.mixture)
         sources = [open_task(task, config, seed, recipe.data) for task, seed in zip(tasks, seeds, strict=True)]

@@ -4,10 +4,12 @@ A task is a small configuration; `open_task` makes it a source, which gives the 
 stream, the same ones every time. So a stream can go on anywhere, and by any number of workers.
 """
 
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -126,6 +128,8 @@ class Document:
     """int32 ids of each answer, the end token included."""
     targets: list[Targets] | None = None
     """The teacher's, for each answer."""
+    found: list[np.ndarray] | None = None
+    """Where the document says each answer, int32 [n, 3]: the answer's token, the chunk, its token before that."""
     text: tuple[str, list[str], list[str]] | None = None
     """Document, questions and answers as text, for a teacher further on, or held out to be asked for real."""
 
@@ -147,6 +151,8 @@ class SourceConfig:
     """See `Recipe.prose`."""
     held_out: bool = False
     """Whether documents are those kept for evaluation."""
+    locate: bool = False
+    """Whether answers are looked for in their documents."""
 
 
 class Source(ABC):
@@ -179,6 +185,8 @@ class Source(ABC):
     ) -> Document:
         prompts = [_int32(prompt_ids(tokenizer, [{"role": "user", "content": question}])) for question in questions]
         chunks = [_int32(chunk) for chunk in split_evenly(ids, self._chunking(len(ids), rng))]
+        if self.config.locate:
+            more["found"] = [_find(answer, chunks, tokenizer) for answer in answers]
         return Document(chunks, prompts, [_int32(answer) for answer in answers], **more)
 
     def _chunking(self, tokens: int, rng: random.Random) -> ChunkingConfig:
@@ -417,6 +425,19 @@ def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> 
 
 def _mean_tokens(documents: list[Document]) -> float:
     return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+
+
+def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """See `Document.found`. The end token is nowhere, and an answer that begins a chunk has nothing before it."""
+    said = tuple(answer[:-1])
+    after_space = tuple(tokenizer(" " + tokenizer.decode(said), add_special_tokens=False)["input_ids"])
+    places = []
+    for wanted, (number, chunk) in itertools.product({said, after_space}, enumerate(chunks)):
+        if len(wanted) == len(said) <= len(chunk):
+            windows = np.lib.stride_tricks.sliding_window_view(chunk, len(wanted))
+            starts = np.flatnonzero((windows == wanted).all(1))
+            places += [(token, number, start - 1 + token) for start in starts if start for token in range(len(said))]
+    return np.array(places, np.int32).reshape(-1, 3)
 
 
 def _log_uniform(rng: random.Random, low: float, high: float) -> float:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from d2l.chunking import Affixes, ChunkingConfig
+from d2l.errors import UserError
 from pipelines.recipes import LossConfig
 from pipelines.teacher import TOP, Targets
 from pipelines.training.batches import PackedBatch, collate, unrelated
@@ -142,6 +143,37 @@ def test_a_teacher_that_is_sure_of_the_answers_is_the_answers(tiny_base, documen
     torch.testing.assert_close(metrics["answer_loss"], given.detach())
     both, _ = learner_of(tiny_base, loss=LossConfig(answers=0.25, teacher=0.5))(batch_of(tiny_base, taught))
     torch.testing.assert_close(both, 0.75 * given, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_reading_is_learned_where_addressing_counts(tiny_base, weight):
+    config = SourceConfig(ChunkingConfig(max_chunk_tokens=64), locate=True)
+    source = open_task(FactsTask(4, 4), config, "s", None)
+    batch = batch_of(tiny_base, source.documents(tiny_base.tokenizer, 0, 1, 0, 3)[0])
+    hypernetwork = tiny_hypernetwork(tiny_base, reading_modules=("q_proj", "v_proj"), trained=False)
+    before = {name: t.clone() for name, t in hypernetwork.state_dict().items()}
+    learner = MetaLearner(tiny_base, hypernetwork, LossConfig(answers=0.0, addressing=weight))
+    optimizer = torch.optim.AdamW(hypernetwork.parameters(), lr=0.02)
+    losses = []
+    for _ in range(15):
+        loss, metrics = learner(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(metrics.get("addressing_loss"))
+    changed = {name for name, t in hypernetwork.state_dict().items() if not torch.equal(t, before[name])}
+    reading = {f"bias.{name}_{side}" for name in ("q_proj", "v_proj") for side in "ab"}
+    assert (reading <= changed) == bool(weight)
+    assert bool(reading & changed) == bool(weight)
+    if weight:
+        assert losses[-1] < 0.8 * losses[0]
+    else:
+        assert losses == [None] * 15
+
+
+def test_addressing_is_for_rows_that_are_regressed(tiny_llama):
+    with pytest.raises(UserError, match=r"loss\.addressing is for a generator whose rows are regressed, not perceiver"):
+        learner_of(tiny_llama, "perceiver", LossConfig(addressing=1.0))
 
 
 def test_capped_logits_are_capped(tiny_llama, documents, monkeypatch):

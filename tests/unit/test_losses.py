@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l.factors import LowRank
-from d2l.losses import cross_entropy, distillation, l1, mean_by_document
+from d2l.losses import addressing, cross_entropy, distillation, l1, mean_by_document
 
 TOKENS, VOCABULARY, K = 5, 11, 4
 
@@ -94,3 +94,11 @@ def test_gradients_flow_to_logits_and_factors() -> None:
     log_probs, ids = random(TOKENS, VOCABULARY, seed=1).log_softmax(-1).topk(K)
     (mean_by_document(distillation(logits, log_probs, ids), [2, 3], [1, 1]) + l1({"m": pair})).backward()
     assert all(t.grad is not None and t.grad.any(-1).all() for t in (logits, *pair))
+
+
+def test_addressing_is_the_surprise_of_looking_in_any_of_the_right_places() -> None:
+    weights = random(2, 3, 5)
+    losses = addressing(weights, torch.tensor([0, 1, 1, 2]), torch.tensor([4, 0, 2, 3]))
+    shares = (10 * weights).softmax(-1)
+    expected = torch.stack([shares[:, 0, 4], shares[:, 1, 0] + shares[:, 1, 2], shares[:, 2, 3]], 1)
+    torch.testing.assert_close(losses, -expected.log())

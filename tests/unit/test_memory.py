@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from d2l.factors import Factors, LowRank, map_tensors, stack
-from d2l.memory import Memory, regress
+from d2l.memory import Memory, read_weights, regress
 from tests.conftest import delta
 
 D_IN, D_OUT = 24, 10
@@ -156,3 +156,10 @@ def test_modules_of_different_widths_have_one_rank(capacity: int) -> None:
         assert len({pair.a.shape[-2] for pair in factors.values()}) == 1
         alone = delta(regress(wide, STRENGTHS))["down_proj"]
         torch.testing.assert_close(delta(factors)["down_proj"], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_what_inputs_read_is_what_the_update_gives_them() -> None:
+    a, b = rows(9)["down_proj"]
+    x = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(3))
+    update = delta(regress(rows(9), STRENGTHS))["down_proj"].float()
+    torch.testing.assert_close(read_weights(a, x, STRENGTHS["down_proj"]) @ b, x @ update.mT, atol=1e-4, rtol=1e-4)
