@@ -91,6 +91,11 @@ class Adapter:
         rows = map_tensors(self.factors, lambda t: t[:, : t.shape[1] - self.bias_rank])
         return {name: pair for name, pair in rows.items() if pair.a.shape[1]}
 
+    def shared_modules(self) -> frozenset[str]:
+        """Modules that, unlike others, have bias rows only: these are the same in all adapters of one hypernetwork."""
+        own = self.document_rows()
+        return frozenset(self.factors.keys() - own) if own else frozenset()
+
     def bias_rows(self) -> Factors:
         """The bias block, rank `bias_rank`."""
         return map_tensors(self.factors, lambda t: t[:, t.shape[1] - self.bias_rank :])

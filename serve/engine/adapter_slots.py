@@ -2,7 +2,8 @@
 
 Stacking them anew whenever a row comes or goes would copy all of them. Here each has a slot in a table of its kind,
 which it keeps after its last row has gone until another adapter needs it; only a new one is copied. A kind is a power
-of two of rows for each module, and the layers: one large composition does not make all others as large.
+of two of rows for each module, and the layers: one large composition does not make all others as large. What all
+adapters of a hypernetwork share is there once, and one product for all their rows.
 """
 
 from collections import Counter
@@ -13,19 +14,21 @@ import torch
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.factors import Factors, LowRank
+from d2l.factors import Factors, LowRank, map_tensors
 
-_Kind = tuple[tuple[tuple[str, int], ...], tuple[int, ...]]
+_Kind = tuple[str | None, tuple[tuple[str, int], ...], tuple[int, ...]]
 
 
 class Table:
     """Adapters of one kind; zeros fill up ranks."""
 
-    def __init__(self, base: BaseModel, ranks: dict[str, int], layers: tuple[int, ...]):
+    def __init__(self, base: BaseModel, ranks: dict[str, int], layers: tuple[int, ...], shared: Factors):
         self.factors: Factors = {}
         """A [layers, slots, the module's rank, d_in], B [layers, slots, rank, d_out], scales included."""
         self.layers = layers
         """The base model's layers that the factors are for."""
+        self.shared = map_tensors(shared, lambda t: t.unsqueeze(1).to(base.device, base.dtype))
+        """A [layers, 1, rank, d_in], B [layers, 1, rank, d_out], of the modules that all slots have in common."""
         self._ranks = ranks
         self._zeros = partial(torch.zeros, dtype=base.dtype, device=base.device)
         self._adapters: list[Adapter | None] = []
@@ -54,6 +57,8 @@ class Table:
 
     def _write(self, adapter: Adapter, index: int) -> None:
         for name, own in adapter.scaled_factors().items():
+            if name in self.shared:
+                continue
             rank = self._ranks[name]
             table = self.factors.get(name) or LowRank(*(self._zeros(len(t), 0, rank, t.shape[-1]) for t in own))
             if index >= table.a.shape[1]:
@@ -83,9 +88,12 @@ class AdapterSlots:
     def acquire(self, adapter: Adapter) -> Slot:
         """The adapter's slot, which is its own until released as often as acquired. The same object is one adapter."""
         ranks = {name: 1 << (pair.a.shape[1] - 1).bit_length() for name, pair in adapter.factors.items()}
-        kind = (tuple(sorted(ranks.items())), adapter.layers)
+        modules = adapter.shared_modules()
+        maker = adapter.provenance.hypernetwork if modules else None
+        kind = (maker, tuple(sorted(ranks.items())), adapter.layers)
         if kind not in self._tables:
-            self._tables[kind] = Table(self._base, ranks, adapter.layers)
+            shared = {name: pair for name, pair in adapter.scaled_factors().items() if name in modules}
+            self._tables[kind] = Table(self._base, ranks, adapter.layers, shared)
         return Slot(self._tables[kind], self._tables[kind].acquire(adapter))
 
     def release(self, slot: Slot) -> None:

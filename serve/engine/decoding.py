@@ -88,6 +88,9 @@ class DecodingBatch:
                 slots = [row.slot.index if row.slot and row.slot.table is table else None for row in rows]
                 placement = Segments(tuple(offsets), tuple(slots))
                 stack.enter_context(inject(self._base, table.factors, placement, table.layers))
+                if table.shared:
+                    any_slot = Segments(tuple(offsets), tuple(None if slot is None else 0 for slot in slots))
+                    stack.enter_context(inject(self._base, table.shared, any_slot, table.layers))
             output = self._base.model(
                 input_ids=self._tensor([ids]),
                 position_ids=self._tensor([positions]),

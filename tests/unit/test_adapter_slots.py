@@ -33,8 +33,11 @@ def test_slots_hold_their_adapters(tiny_llama: BaseModel, steps: list[tuple[int,
         for number, slot in held:
             own = adapters[number].scaled_factors()
             assert slot.table.layers == adapters[number].layers
-            for name, table in slot.table.factors.items():
-                update = table.b[:, slot.index].mT @ table.a[:, slot.index]
+            assert set(slot.table.factors) | set(slot.table.shared) == set(own)
+            assert set(slot.table.shared) == adapters[number].shared_modules()
+            for name, table in (slot.table.factors | slot.table.shared).items():
+                index = 0 if name in slot.table.shared else slot.index
+                update = table.b[:, index].mT @ table.a[:, index]
                 torch.testing.assert_close(update, own[name].b.mT @ own[name].a)
 
 

@@ -18,6 +18,7 @@ from serve.engine.answer import Job, Piece
 from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.decoding import DecodingBatch
 from serve.errors import ApiError
+from tests.conftest import random_adapter, random_factors
 
 QUESTIONS = ("What is the magic number?", "Who reads a document once? Answer with a long story, please.", "9?")
 
@@ -32,14 +33,18 @@ def adapter_for(base: BaseModel, rank: int) -> Adapter:
 
 
 def jobs_for(base: BaseModel) -> list[Job]:
-    """Unequal prompts, ranks and lengths; two rows share an adapter, one has none."""
+    """Unequal prompts, ranks and lengths; two rows share an adapter, two some modules' part of it, one has none."""
     prompts = [base.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
     adapters = [adapter_for(base, rank) for rank in (2, 5)]
+    bias = random_factors(base, 2, 7, ("down_proj", "q_proj", "o_proj"))
+    sharing = [random_adapter(base, rank, rank, bias) for rank in (3, 4)]
     return [
         Job(prompts[0], adapters[0], SamplingConfig(24)),
         Job(prompts[1], adapters[0], SamplingConfig(5)),
+        Job(prompts[0], sharing[0], SamplingConfig(9)),
         Job(prompts[2], adapters[1], SamplingConfig(16)),
         Job(prompts[0], None, SamplingConfig(30)),
+        Job(prompts[1], sharing[1], SamplingConfig(12)),
     ]
 
 
