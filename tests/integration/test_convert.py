@@ -224,6 +224,7 @@ def test_stages_in_a_pipeline_of_ones_own(hypernetwork: Path, tmp_path: Path) ->
     assert summary(commit(convert(dataset, config), store)) == (6, 0, 3, 3)
 
 
+@pytest.mark.slow
 def test_embeddings(s3_bucket: str, hypernetwork: Path, tmp_path: Path) -> None:
     """They come with the adapter, or later to those that have none of that model; adapters stay as they are."""
     docs, tenant = write(tmp_path / "docs", TEXTS | {"twin.md": TEXTS["deep/er/model.md"]}), "default"

@@ -100,6 +100,7 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
         yield running
 
 
+@pytest.mark.slow
 def test_a_replica_that_cannot_start_says_why(ray_cluster: None, tiny_llama: BaseModel, tmp_path: Path):
     (port,) = free_ports(1)
     config = ServeConfig(str(tmp_path), tiny_llama.name, port=port, embedding="none", vllm="nowhere/vllm serve")

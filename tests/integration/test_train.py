@@ -163,6 +163,7 @@ def training_set(root):
     return root
 
 
+@pytest.mark.slow
 def test_a_mixture_with_a_streamed_teacher_learns_from_s3_into_s3(run, s3_bucket, tmp_path):
     data = training_set(f"{s3_bucket}/squad")
     mixture = (
@@ -181,6 +182,7 @@ def test_a_mixture_with_a_streamed_teacher_learns_from_s3_into_s3(run, s3_bucket
     assert again["mlflow_run"] == report["mlflow_run"]
 
 
+@pytest.mark.slow
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run_in_the_end(run, tmp_path):
     broken = OptimizerConfig(learning_rate=1e30, warmup_steps=1)
     stages = (dataclasses.replace(run.recipe.stages[0], steps=20),)
