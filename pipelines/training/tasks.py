@@ -433,7 +433,7 @@ def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTra
     after_space = tuple(tokenizer(" " + tokenizer.decode(said), add_special_tokens=False)["input_ids"])
     places = []
     for wanted, (number, chunk) in itertools.product({said, after_space}, enumerate(chunks)):
-        if len(wanted) == len(said) <= len(chunk):
+        if 0 < len(wanted) == len(said) <= len(chunk):
             windows = np.lib.stride_tricks.sliding_window_view(chunk, len(wanted))
             starts = np.flatnonzero((windows == wanted).all(1))
             places += [(token, number, start - 1 + token) for start in starts if start for token in range(len(said))]
