@@ -111,11 +111,11 @@ class ContextEncoder:
             if reader:
                 stack.enter_context(inject(self.base, *reader))
             if self.kind != "early_exit":
-                stack.enter_context(_recording(self.read_layers, streams))
+                stack.enter_context(recording(self.read_layers, streams))
             if self.kind == "activations":
-                stack.enter_context(_recording(self.layers[:1], embedded))
+                stack.enter_context(recording(self.layers[:1], embedded))
             for name, modules in self.targets.items() if self.kind == "activations" else ():
-                stack.enter_context(_recording(modules, inputs[name]))
+                stack.enter_context(recording(modules, inputs[name]))
             learns = reader is not None and any(t.requires_grad for pair in reader.factors.values() for t in pair)
             stack.enter_context(torch.set_grad_enabled(learns and torch.is_grad_enabled()))
             final = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
@@ -130,8 +130,8 @@ class ContextEncoder:
 
 
 @contextmanager
-def _recording(modules: Iterable[nn.Module], seen: list[Tensor]) -> Iterator[None]:
-    """Append each module's first input to `seen` while the context lasts."""
+def recording(modules: Iterable[nn.Module], seen: list[Tensor]) -> Iterator[None]:
+    """Append each module's first input to `seen`, in the order in which they run, while the context lasts."""
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])

@@ -21,7 +21,7 @@ from d2l import generators
 from d2l.base_model import BaseModel, Digests
 from d2l.chunking import ChunkBatch, ChunkingConfig
 from d2l.config import from_dict, load_json, save_json, to_dict
-from d2l.context_encoder import ContextEncoder, EncoderConfig, Features
+from d2l.context_encoder import ContextEncoder, EncoderConfig
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, combine_chunks, split_documents, stack
 from d2l.injection import PlacedRows, Rows
@@ -103,11 +103,7 @@ class Hypernetwork(nn.Module):
 
     def forward(self, batch: ChunkBatch) -> Factors:
         """Encode chunks and write their rows, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
-        return self.generator(self.read(batch))
-
-    def read(self, batch: ChunkBatch) -> Features:
-        """What the generator sees of the chunks."""
-        return self.encoder(batch, self._reader(len(batch.ids)))
+        return self.generator(self.encoder(batch, self._reader(len(batch.ids))))
 
     def reading_parameters(self) -> list[nn.Parameter]:
         """The bias rows of `reading_modules`."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from d2l.factors import Factors
 
-_SHARPNESS = 10.0
+_SHARPNESS = 20.0
 """What weights of reading, about 1 at most, are multiplied by to be the logits of a choice among hundreds of rows."""
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from d2l.base_model import BaseModel
-from d2l.chunking import ChunkBatch
+from d2l.context_encoder import recording
 from d2l.errors import UserError
 from d2l.factors import Factors, map_tensors
 from d2l.hypernetwork import Hypernetwork
@@ -48,6 +48,7 @@ class MetaLearner(nn.Module):
             parameter.requires_grad_(loss.addressing > 0)
         self.hypernetwork = hypernetwork
         self._base = [base]  # a list hides the frozen model from nn.Module
+        self._late = [i for i, layer in enumerate(hypernetwork.layers) if layer >= _ADDRESSED * len(base.layers)]
         self.weights = loss
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -60,10 +61,16 @@ class MetaLearner(nn.Module):
             teacher `teacher_loss`, where they count `l1` and `addressing_loss`.
         """
         rows, adapted = self.adapters(batch)
-        return self._losses(batch, self._logits(batch, adapted), rows)
+        seen: dict[str, list[Tensor]] = {}
+        if self.weights.addressing and batch.found is not None:
+            seen = {name: [] for name in self.hypernetwork.config.target_modules}
+        return self._losses(batch, self._logits(batch, adapted, seen), rows, seen)
 
-    def _logits(self, batch: TrainingBatch, adapted: Adapted) -> Tensor:
-        """[answer tokens, vocabulary]: only where answers stand, for the head is by far the widest matrix."""
+    def _logits(self, batch: TrainingBatch, adapted: Adapted, seen: dict[str, list[Tensor]]) -> Tensor:
+        """[answer tokens, vocabulary]: only where answers stand, for the head is by far the widest matrix.
+
+        `seen` of a module gets its inputs there, too, [answer tokens, d_in] for each of the late adapted layers.
+        """
         base = self._base[0]
         stem, cache, recomputed = batch.stem, None, nullcontext()
         if self.gradient_checkpointing:  # a layer that is run again would put its keys into the cache again
@@ -74,9 +81,15 @@ class MetaLearner(nn.Module):
             with adapted([1] * len(first)):
                 base.decoder(input_ids=batch.ids[first, :stem], cache=cache, use_cache=True)
             cache.batch_select_indices(torch.tensor(_owners(batch.questions), device=device))
-        with adapted(batch.questions), recomputed:
+        with adapted(batch.questions), recomputed, ExitStack() as stack:
+            for name, inputs in seen.items():
+                targets = base.targets(name)
+                modules = [targets[self.hypernetwork.layers[i]] for i in self._late]
+                stack.enter_context(recording(modules, inputs))
             hidden = base.decoder(input_ids=batch.ids[:, stem:], cache=cache, use_cache=bool(stem)).last_hidden_state
         places = batch.places - stem * (batch.places // batch.ids.shape[1] + 1)
+        for inputs in seen.values():
+            inputs[:] = [x.flatten(0, 1)[places] for x in inputs]
         return base.logits(hidden.flatten(0, 1)[places])
 
     def adapters(self, batch: TrainingBatch) -> tuple[Factors, Adapted]:
@@ -108,13 +121,15 @@ class MetaLearner(nn.Module):
 
         return rows, adapted
 
-    def _losses(self, batch: TrainingBatch, logits: Tensor, rows: Factors) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(
+        self, batch: TrainingBatch, logits: Tensor, rows: Factors, seen: dict[str, list[Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         def mean(losses: Tensor) -> Tensor:
             return mean_by_document(losses, batch.answer_lengths, batch.questions)
 
         if batch.unrelated:
             with torch.no_grad():
-                own = self._logits(batch, lambda _: nullcontext())
+                own = self._logits(batch, lambda _: nullcontext(), {})
             loss = mean(divergence(logits, own))
             metrics = {"divergence_loss": loss}
         else:
@@ -131,30 +146,34 @@ class MetaLearner(nn.Module):
         if self.weights.l1:
             metrics["l1"] = l1(rows)
             loss = loss + self.weights.l1 * metrics["l1"]
-        if self.weights.addressing and batch.found is not None:
-            metrics["addressing_loss"] = self._addressing(batch, batch.found, rows)
+        if seen:
+            metrics["addressing_loss"] = self._addressing(batch, rows, seen)
             loss = loss + self.weights.addressing * metrics["addressing_loss"]
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-    def _addressing(self, batch: TrainingBatch, found_P3: Tensor, rows: Factors) -> Tensor:
+    def _addressing(self, batch: TrainingBatch, rows: Factors, seen: dict[str, list[Tensor]]) -> Tensor:
         """The mean over modules, layers, documents, and answer tokens that their documents have."""
-        base, strengths = self._base[0], self.hypernetwork.generator.strengths()
-        late = [i for i, layer in enumerate(self.hypernetwork.layers) if layer >= _ADDRESSED * len(base.layers)]
-        everywhere = torch.ones_like(batch.ids, dtype=torch.bool)
-        seen = self.hypernetwork.read(ChunkBatch(batch.ids, everywhere, everywhere)).inputs
+        strengths, found_P3 = self.hypernetwork.generator.strengths(), batch.found
+        assert strengths is not None
+        assert found_P3 is not None
         losses, first = [], 0
         for count in batch.chunks_per_document:
             pairs_P3 = found_P3[(found_P3[:, 1] >= first) & (found_P3[:, 1] < first + count)]
             content_CT = batch.chunks.content[first : first + count]
             numbers_CT = (content_CT.flatten().cumsum(0) - 1).view_as(content_CT)
             asked, tokens = pairs_P3[:, 0].unique(return_inverse=True)
-            for name, (a, _) in rows.items() if len(asked) else ():
-                keys = a[late, first : first + count][:, content_CT]
-                x = torch.stack([seen[name][i].flatten(0, 1)[batch.places[asked]] for i in late])
-                weights = read_weights(keys, nn.functional.normalize(x.float(), dim=-1), strengths[name][late])
+            for name, inputs in seen.items() if len(asked) else ():
+                # Of norm 1, without gates: what is worth writing, answers tell.
+                keys = _unit(rows[name].a[self._late, first : first + count][:, content_CT])
+                x = _unit(torch.stack(inputs)[:, asked])
+                weights = read_weights(keys, x, strengths[name][self._late].detach())
                 losses.append(addressing(weights, tokens, numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]).mean())
             first += count
         return torch.stack(losses).mean() if losses else next(iter(rows.values())).a.sum() * 0
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return nn.functional.normalize(vectors.float(), dim=-1)
 
 
 def _owners(rows: Sequence[int]) -> tuple[int, ...]:
