@@ -85,6 +85,7 @@ class BaseModel:
     digests: Digests = field(repr=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     """Of who hooks into the model's modules: encoders, and `generate`."""
+    _targets: dict[str, list[nn.Linear]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +123,9 @@ class BaseModel:
         Raises:
             UserError: a layer has no such module; the message lists those it has.
         """
-        return [self.model.get_submodule(path) for path in self.target_paths(name)]  # type: ignore[misc]
+        if name not in self._targets:  # to be had at every token: walking the whole model would take milliseconds
+            self._targets[name] = [self.model.get_submodule(path) for path in self.target_paths(name)]  # type: ignore[misc]
+        return self._targets[name]
 
     def target_paths(self, name: str) -> tuple[str, ...]:
         """The paths of those modules in the model, as PEFT names them."""

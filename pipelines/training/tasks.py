@@ -428,15 +428,24 @@ def _mean_tokens(documents: list[Document]) -> float:
 
 
 def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """See `Document.found`. The end token is nowhere, and an answer that begins a chunk has nothing before it."""
+    """See `Document.found`. The end token is nowhere, and what begins a chunk has nothing before it.
+
+    After a space words are often other tokens: "ĠLisbon" where the answer begins "L". Then the answer's first token is
+    looked for where the word begins, and the others as far as both end alike.
+    """
     said = tuple(answer[:-1])
     after_space = tuple(tokenizer(" " + tokenizer.decode(said), add_special_tokens=False)["input_ids"])
+    wholes = {said} if after_space[-len(said) :] == said else {said, after_space}
     places = []
-    for wanted, (number, chunk) in itertools.product({said, after_space}, enumerate(chunks)):
-        if 0 < len(wanted) == len(said) <= len(chunk):
-            windows = np.lib.stride_tricks.sliding_window_view(chunk, len(wanted))
-            starts = np.flatnonzero((windows == wanted).all(1))
-            places += [(token, number, start - 1 + token) for start in starts if start for token in range(len(said))]
+    for wanted, (number, chunk) in itertools.product(wholes if said else (), enumerate(chunks)):
+        if len(wanted) > len(chunk):
+            continue
+        ends = zip(reversed(said), reversed(wanted), strict=False)
+        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+        offsets = {0: 0} | {len(said) - i: len(wanted) - i for i in range(1, alike + 1)}
+        windows = np.lib.stride_tricks.sliding_window_view(chunk, len(wanted))
+        for start in np.flatnonzero((windows == wanted).all(1)):
+            places += [(token, number, start + offset - 1) for token, offset in offsets.items() if start + offset]
     return np.array(places, np.int32).reshape(-1, 3)
 
 

@@ -150,7 +150,7 @@ def test_reading_is_learned_where_addressing_counts(tiny_base, weight):
     config = SourceConfig(ChunkingConfig(max_chunk_tokens=64), locate=True)
     source = open_task(FactsTask(4, 4), config, "s", None)
     batch = batch_of(tiny_base, source.documents(tiny_base.tokenizer, 0, 1, 0, 3)[0])
-    hypernetwork = tiny_hypernetwork(tiny_base, reading_modules=("q_proj", "v_proj"), trained=False)
+    hypernetwork = tiny_hypernetwork(tiny_base, reading_modules=("q_proj", "v_proj"), trained=not weight)
     before = {name: t.clone() for name, t in hypernetwork.state_dict().items()}
     learner = MetaLearner(tiny_base, hypernetwork, LossConfig(answers=0.0, addressing=weight))
     optimizer = torch.optim.AdamW(hypernetwork.parameters(), lr=0.02)
@@ -174,6 +174,17 @@ def test_reading_is_learned_where_addressing_counts(tiny_base, weight):
 def test_addressing_is_for_rows_that_are_regressed(tiny_llama):
     with pytest.raises(UserError, match=r"loss\.addressing is for a generator whose rows are regressed, not perceiver"):
         learner_of(tiny_llama, "perceiver", LossConfig(addressing=1.0))
+
+
+def test_reading_modules_that_cannot_learn_are_refused(tiny_llama):
+    hypernetwork = tiny_hypernetwork(tiny_llama, reading_modules=("q_proj",), trained=False)
+    with pytest.raises(UserError, match=r"learn by addressing alone: set recipe\.loss\.addressing"):
+        MetaLearner(tiny_llama, hypernetwork, LossConfig())
+    early = tiny_hypernetwork(tiny_llama, layers=(0, 1))
+    with pytest.raises(
+        UserError, match="layers from 40% of the base model's on, and the hypernetwork adapts only 0, 1"
+    ):
+        MetaLearner(tiny_llama, early, LossConfig(addressing=1.0))
 
 
 def test_capped_logits_are_capped(tiny_llama, documents, monkeypatch):

