@@ -109,7 +109,8 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     """Weights of the losses."""
     gradient_checkpointing: bool = False
-    """Compute the base model's activations again in the backward pass: a third more time, far less memory."""
+    """Compute the base model's activations at questions again in the backward pass: a third more time, far less memory.
+    Those at documents, which only addressing has gradients for, are kept."""
     data: str | None = None
     """Training set of tasks that name none (`d2l prepare` makes one)."""
     prose: str | None = None

@@ -46,7 +46,7 @@ def answer_samples(
     rows = []
     for task, batches in dev.items():
         first = [
-            replace(document, prompts=document.prompts[:1], answers=document.answers[:1])
+            replace(document, prompts=document.prompts[:1], answers=document.answers[:1], targets=None, found=None)
             for document in batches[0].documents[:_SAMPLE_DOCUMENTS]
         ]
         batch = collate(replace(batches[0], documents=first), affixes, base.pad_id).to(base.device)

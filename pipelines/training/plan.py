@@ -99,7 +99,7 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
         "assumptions": (
             f"batches full; {len(batch.questions)} documents of {_document_tokens(recipe, largest)} tokens, each with "
             f"{_QUESTIONS} questions of {_PROMPT_TOKENS} tokens, {_STEM_TOKENS} of them the same (and the document if "
-            f"it is in the prompt), and answers of {_ANSWER_TOKENS}; no teacher; memory is "
+            f"it is in the prompt), and answers of {_ANSWER_TOKENS}; no teacher, no addressing; memory is "
             f"the peak of a step with batch_tokens {largest.batch_tokens}, without the allocator's fragments"
         ),
     }

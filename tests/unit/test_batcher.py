@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from d2l import generation
-from d2l.adapter import Adapter, Provenance
+from d2l.adapter import Adapter, Provenance, compose
 from d2l.base_model import BaseModel
 from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
@@ -33,11 +33,16 @@ def adapter_for(base: BaseModel, rank: int) -> Adapter:
 
 
 def jobs_for(base: BaseModel) -> list[Job]:
-    """Unequal prompts, ranks and lengths; two rows share an adapter, two some modules' part of it, one has none."""
+    """Unequal prompts, ranks and lengths; two rows share an adapter, four some modules' part of it, one has none.
+
+    Of the four one is composed of two; one is of a hypernetwork of its own, and so has another such part.
+    """
     prompts = [base.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
     adapters = [adapter_for(base, rank) for rank in (2, 5)]
     bias = random_factors(base, 2, 7, ("down_proj", "q_proj", "o_proj"))
     sharing = [random_adapter(base, rank, rank, bias) for rank in (3, 4)]
+    others = random_factors(base, 2, 8, ("down_proj", "q_proj", "o_proj"))
+    another = random_adapter(base, 3, 9, others, hypernetwork="e" * 16)
     return [
         Job(prompts[0], adapters[0], SamplingConfig(24)),
         Job(prompts[1], adapters[0], SamplingConfig(5)),
@@ -45,6 +50,8 @@ def jobs_for(base: BaseModel) -> list[Job]:
         Job(prompts[2], adapters[1], SamplingConfig(16)),
         Job(prompts[0], None, SamplingConfig(30)),
         Job(prompts[1], sharing[1], SamplingConfig(12)),
+        Job(prompts[0], another, SamplingConfig(14)),
+        Job(prompts[2], compose(sharing), SamplingConfig(11)),
     ]
 
 

@@ -28,7 +28,7 @@ from tests.conftest import load_tiny, tiny_hypernetwork
 @pytest.fixture
 def documents(tiny_base):
     """Documents of one to three chunks, some with several questions."""
-    config = SourceConfig(ChunkingConfig(max_chunk_tokens=64), held_out=True)
+    config = SourceConfig(ChunkingConfig(max_chunk_tokens=64), held_out=True, locate=True)
     source = open_task(FactsTask(1, 4), config, "s", None)
     assert source is not None
     found = source.documents(tiny_base.tokenizer, 0, 1, 0, 4)[0]
@@ -43,6 +43,10 @@ def batch_of(base, documents, learns_answers=True):
 
 def learner_of(base, generator="outer_product", loss=None, **fields):
     return MetaLearner(base, tiny_hypernetwork(base, generator), loss or LossConfig(), **fields)
+
+
+def addressing_learner(base, **fields):
+    return MetaLearner(base, tiny_hypernetwork(base, reading_modules=("q_proj",)), LossConfig(addressing=0.5), **fields)
 
 
 @pytest.mark.parametrize("generator", ["outer_product", "perceiver"])
@@ -63,24 +67,25 @@ def test_the_loss_is_the_mean_of_the_documents_own(tiny_base, documents, generat
 )
 def test_what_prompts_begin_with_can_be_read_once(tmp_path_factory, kind, config, fields):
     base = load_tiny(tmp_path_factory, kind, config, **fields)
-    source = open_task(FactsTask(1, 4), SourceConfig(ChunkingConfig(max_chunk_tokens=64)), "s", None)
+    source = open_task(FactsTask(1, 4), SourceConfig(ChunkingConfig(max_chunk_tokens=64), locate=True), "s", None)
     batch = batch_of(base, source.documents(base.tokenizer, 0, 1, 0, 4)[0])
     assert batch.stem > 4  # the window, where there is one
     found = []
     for stem in (batch.stem, 0):
-        learner = learner_of(base)
+        learner = addressing_learner(base)
         loss, _ = learner(dataclasses.replace(batch, stem=stem))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in learner.parameters())])
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
-def test_unrelated_questions_are_learned_as_the_base_model_answers_them(tiny_base, documents):
+@pytest.mark.parametrize("make", [learner_of, addressing_learner])
+def test_unrelated_questions_are_learned_as_the_base_model_answers_them(tiny_base, documents, make):
     packed = unrelated(PackedBatch("needle", True, documents))
     assert [d.chunks for d in packed.documents] == [d.chunks for d in documents]
     assert [d.prompts for d in packed.documents] == [documents[i - 1].prompts for i in range(len(documents))]
     batch = collate(packed, Affixes.of(tiny_base.tokenizer), tiny_base.pad_id)
-    learner = learner_of(tiny_base)
+    learner = make(tiny_base)
     loss, metrics = learner(batch)
     assert loss > 1e-3
     assert metrics.keys() == {"divergence_loss"}
@@ -92,14 +97,22 @@ def test_unrelated_questions_are_learned_as_the_base_model_answers_them(tiny_bas
     assert abs(learner(batch)[0]) < 1e-5  # an adapter that does nothing costs nothing
 
 
-@pytest.mark.parametrize("generator", ["outer_product", "perceiver"])
-def test_recomputed_layers_give_the_same_gradients(tiny_base, documents, generator):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base, recompute: learner_of(base, "outer_product", LossConfig(l1=0.1), gradient_checkpointing=recompute),
+        lambda base, recompute: learner_of(base, "perceiver", LossConfig(l1=0.1), gradient_checkpointing=recompute),
+        lambda base, recompute: addressing_learner(base, gradient_checkpointing=recompute),
+    ],
+    ids=["outer_product", "perceiver", "addressing"],
+)
+def test_recomputed_layers_give_the_same_gradients(tiny_base, documents, make):
     def hooks():  # transformers leaves some of its own, once asked for hidden states
         return [len(module._forward_hooks) for module in tiny_base.model.modules()]
 
     before, gradients = hooks(), []
     for recompute in (False, True):
-        learner = learner_of(tiny_base, generator, LossConfig(l1=0.1), gradient_checkpointing=recompute)
+        learner = make(tiny_base, recompute)
         loss, _ = learner(batch_of(tiny_base, documents))
         loss.backward()
         gradients.append({name: p.grad for name, p in learner.named_parameters()})

@@ -45,6 +45,12 @@ def test_documents_are_read_with_them(tiny_base: BaseModel) -> None:
     assert not torch.allclose(plain(chunks)["down_proj"].b, expected["down_proj"].b, atol=1e-3)
 
 
+def test_what_documents_write_has_gradients_for_them(tiny_base: BaseModel) -> None:
+    hypernetwork = reading_hypernetwork(tiny_base)
+    hypernetwork(random_chunks(tiny_base, 9, 5))["down_proj"].b.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in hypernetwork.reading_parameters())
+
+
 def test_they_are_in_adapters_once(tiny_base: BaseModel) -> None:
     hypernetwork = reading_hypernetwork(tiny_base)
     one, two = adapters(hypernetwork, tiny_base, max_rank=12)
