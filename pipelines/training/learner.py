@@ -170,18 +170,20 @@ class MetaLearner(nn.Module):
             content_CT = batch.chunks.content[first : first + count]
             numbers_CT = (content_CT.flatten().cumsum(0) - 1).view_as(content_CT)
             asked, tokens = pairs_P3[:, 0].unique(return_inverse=True)
+            rows_P = numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]
             for name, inputs in seen.items() if len(asked) else ():
-                # Of norm 1, without gates: what is worth writing, answers tell.
-                keys = _unit(rows[name].a[self._late, first : first + count][:, content_CT])
-                x = _unit(torch.stack([x[asked] for x in inputs]))
-                weights = read_weights(keys, x, strengths[name][self._late].detach())
-                losses.append(addressing(weights, tokens, numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]).mean())
+                keys = rows[name].a[self._late, first : first + count][:, content_CT]
+                for a, x, s in zip(keys, inputs, strengths[name][self._late].detach(), strict=True):
+                    # A layer at a time, and again in the backward pass: the systems of all are rows squared each.
+                    losses.append(checkpoint(_surprise, a, x[asked], s, tokens, rows_P, use_reentrant=False))
             first += count
         return torch.stack(losses).mean() if losses else next(iter(rows.values())).a.sum() * 0
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    return nn.functional.normalize(vectors.float(), dim=-1)
+def _surprise(a: Tensor, x: Tensor, s: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """One layer's loss of addressing. Of norm 1 and without gates: what is worth writing, answers tell."""
+    a, x = (nn.functional.normalize(vectors.float(), dim=-1).unsqueeze(0) for vectors in (a, x))
+    return addressing(read_weights(a, x, s), tokens, rows).mean()
 
 
 def _owners(rows: Sequence[int]) -> tuple[int, ...]:
