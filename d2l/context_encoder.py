@@ -33,6 +33,10 @@ class EncoderConfig:
     exit_layer: int | None = None
     """How many layers to run. `early_exit`: a quarter of them by default. `activations`: all by default. Not for
     `per_layer`."""
+    read_twice: bool = False
+    """Whether each chunk is put before the model two times, and read the second time: only so does a causal model know
+    at a token what follows it (Springer et al., arXiv 2402.15449), as in "Lisbon is where Ann lives". It is twice the
+    work."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Features:
     """[chunks, tokens, d]: the last stream, after the final norm."""
     mask: Tensor
     """[chunks, tokens] bool: real tokens, affixes included."""
-    content: Tensor
-    """[chunks, tokens] bool: the document's own tokens."""
+    rows: Tensor
+    """[chunks, tokens] bool: the document's own tokens and the one before them."""
     streams: tuple[Tensor, ...] = ()
     """`per_layer`, `activations`: the stream entering each (adapted) layer, [chunks, tokens, d] each."""
     embedded: Tensor | None = None
@@ -86,7 +90,7 @@ class ContextEncoder:
         adapted = list(range(self.depth) if adapted_layers is None else adapted_layers)
         if not adapted or adapted != sorted(set(adapted)) or not 0 <= adapted[0] <= adapted[-1] < self.depth:
             raise UserError(f"layers must rise within the {self.depth} that are run (from 0), got {adapted}")
-        self.kind = config.kind
+        self.kind, self.twice = config.kind, config.read_twice
         self.layers = base.layers[: self.depth]
         self.read_layers = [self.layers[layer] for layer in adapted]
         self.targets = {name: [base.targets(name)[layer] for layer in adapted] for name in target_modules}
@@ -118,15 +122,35 @@ class ContextEncoder:
                 stack.enter_context(recording(modules, inputs[name]))
             learns = reader is not None and any(t.requires_grad for pair in reader.factors.values() for t in pair)
             stack.enter_context(torch.set_grad_enabled(learns and torch.is_grad_enabled()))
-            final = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+            ids = _doubled(batch) if self.twice else batch.ids
+            final = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        if self.twice:
+            for seen in (streams, embedded, *inputs.values()):
+                seen[:] = [_second(x, batch) for x in seen]
+            final = _second(final, batch)
         return Features(
             final,
             batch.mask,
-            batch.content,
+            batch.rows,
             tuple(streams),
             embedded[0] if embedded else None,
             {name: tuple(seen) for name, seen in inputs.items()},
         )
+
+
+def _doubled(batch: ChunkBatch) -> Tensor:
+    """Each chunk and its affixes two times, [chunks, 2 * tokens], padded on the right."""
+    return torch.cat([batch.ids, batch.ids], 1).scatter(1, _places(batch), batch.ids)
+
+
+def _second(x_N2Td: Tensor, batch: ChunkBatch) -> Tensor:
+    """What belongs to each chunk's second time, [chunks, tokens, d]."""
+    return x_N2Td.gather(1, _places(batch).unsqueeze(-1).expand(-1, -1, x_N2Td.shape[-1]))
+
+
+def _places(batch: ChunkBatch) -> Tensor:
+    """Where each chunk's second time stands, [chunks, tokens]."""
+    return batch.mask.sum(1, keepdim=True) + torch.arange(batch.ids.shape[1], device=batch.ids.device)
 
 
 @contextmanager

@@ -146,11 +146,12 @@ class Internalizer:
                 yield job.index, self._finish(job)
 
     def _written(self, rows: Factors, tokens: int) -> Factors:
-        """A chunk's rows without those of affixes and padding, which are zero: there, ranks depend on the batch."""
+        """A chunk's rows, and the one before it, without those of zeros: there, ranks depend on the batch."""
         if not self.hypernetwork.generator.token_rows:
             return rows
-        start = len(self._affixes.prefix)
-        return map_tensors(rows, lambda t: t[:, start : start + tokens].contiguous())  # a view keeps its whole batch
+        before = len(self._affixes.prefix)
+        written = slice(max(0, before - 1), before + tokens)
+        return map_tensors(rows, lambda t: t[:, written].contiguous())  # a view keeps its whole batch
 
     def _finish(self, job: _Job) -> Adapter:
         factors, error, room = job.memory.factors(), 0.0, self.config.max_rank - self.hypernetwork.config.bias_rank

@@ -1,6 +1,6 @@
 """Training recipes: functions that return a full configuration. Every field can be overridden on the command line."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from d2l.chunking import ChunkingConfig
 from d2l.context_encoder import EncoderConfig
@@ -169,8 +169,8 @@ def facts() -> Recipe:
 def qa() -> Recipe:
     """Answer questions about documents of a training set: by way of generated facts, then both, then longer documents.
 
-    Made for paragraphs: only documents of up to 512 tokens are learned from, in the end up to 3,072. Goes on best from
-    a hypernetwork that finds needles (`--init-from`), which learns facts several times faster.
+    Made for paragraphs: only documents of up to 512 tokens are learned from, in the end up to 2,048. They are read
+    twice, and reading is learned with the rest: by where questions are to look for their answers.
     """
     keyed, prose = 0.6, 0.5
     easy = (
@@ -185,12 +185,19 @@ def qa() -> Recipe:
         Share(RepeatTask(max_tokens=128), 0.05),
     )
     long = (
-        Share(NeedleTask(256, 3072, keyed, prose=prose), 0.6),
-        Share(QuestionsTask(max_document_tokens=3072), 0.25),
+        Share(NeedleTask(256, 2048, keyed, prose=prose), 0.6),
+        Share(QuestionsTask(max_document_tokens=2048), 0.25),
         Share(FactsTask(max_facts=64, sentences=0.2), 0.15),
     )
     return Recipe(
-        hypernetwork=_HYPERNETWORK, stages=(Stage(200, easy, 320), Stage(480, mixed, 512), Stage(30, long, 3072))
+        hypernetwork=replace(
+            _HYPERNETWORK,
+            encoder=EncoderConfig("activations", read_twice=True),
+            reading_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+            bias_rank=16,
+        ),
+        stages=(Stage(200, easy, 320), Stage(480, mixed, 512), Stage(30, long, 2048)),
+        loss=LossConfig(addressing=0.5),
     )
 
 

@@ -1,4 +1,4 @@
-"""The outer-product generator: each token of a chunk writes one row into each target module.
+"""The outer-product generator: each token of a chunk, and the one before it, writes one row into each target module.
 
 The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
 
@@ -12,7 +12,7 @@ embeddings, adding the next token's to the stream says that token, and need not 
 A document's update is the ridge regression from keys to values (`d2l.memory`), with the ridge 1/s learned for each
 layer, and weights gate_t:
 
-    A_t = sqrt(gate_t) key_t,    B_t = sqrt(gate_t / tokens) value_t,    tokens = those of t's chunk
+    A_t = sqrt(gate_t) key_t,    B_t = sqrt(gate_t / rows) value_t,    rows = those of t's chunk
 
 With s = 0 that is the sum of the rows' outer products: fast weights, a linear-attention memory (Schlag et al., arXiv
 2102.11174; compare Generative Adapter, arXiv 2411.05877), in which what is written at one key is read at all that are
@@ -47,7 +47,7 @@ class Config:
 
 
 class Generator(nn.Module):
-    """A row for every content token: A [layers, chunks, tokens, d_in], B [layers, chunks, tokens, d_out]."""
+    """A row for each of `Features.rows`: A [layers, chunks, tokens, d_in], B [layers, chunks, tokens, d_out]."""
 
     encoder_kinds: ClassVar[tuple[str, ...]] = ("activations",)
     token_rows: ClassVar[bool] = True
@@ -62,8 +62,8 @@ class Generator(nn.Module):
         )
 
     def forward(self, features: Features) -> Factors:
-        """Keys and values of every content token; those of affixes and padding are zero."""
-        weights_N1T = (features.content / features.content.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)
+        """Keys and values; where there is no row, both are zero."""
+        weights_N1T = (features.rows / features.rows.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)
         weights_N1T = weights_N1T.to(features.final.dtype)
         final = _unit_rms(features.final)
         padding_NT1 = ~features.mask.unsqueeze(-1)

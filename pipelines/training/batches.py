@@ -164,6 +164,7 @@ def _found(documents: Sequence[Document], prefix: int) -> Tensor | None:
     for document in documents:
         for answer, found in zip(document.answers, document.found or (), strict=True):
             places.append(found + np.array([labels, chunks, prefix]))
+            places[-1] = places[-1][places[-1][:, 2] >= 0]  # without a prefix, nothing stands before a chunk
             labels += len(answer)
         chunks += len(document.chunks)
     return torch.from_numpy(np.concatenate(places).astype(np.int64))

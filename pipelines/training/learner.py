@@ -167,12 +167,12 @@ class MetaLearner(nn.Module):
         losses, first = [], 0
         for count in batch.chunks_per_document:
             pairs_P3 = found_P3[(found_P3[:, 1] >= first) & (found_P3[:, 1] < first + count)]
-            content_CT = batch.chunks.content[first : first + count]
-            numbers_CT = (content_CT.flatten().cumsum(0) - 1).view_as(content_CT)
+            rows_CT = batch.chunks.rows[first : first + count]
+            numbers_CT = (rows_CT.flatten().cumsum(0) - 1).view_as(rows_CT)
             asked, tokens = pairs_P3[:, 0].unique(return_inverse=True)
             rows_P = numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]
             for name, inputs in seen.items() if len(asked) else ():
-                keys = rows[name].a[self._late, first : first + count][:, content_CT]
+                keys = rows[name].a[self._late, first : first + count][:, rows_CT]
                 for a, x, s in zip(keys, inputs, strengths[name][self._late].detach(), strict=True):
                     # A layer at a time, and again in the backward pass: the systems of all are rows squared each.
                     losses.append(checkpoint(_surprise, a, x[asked], s, tokens, rows_P, use_reentrant=False))

@@ -428,7 +428,7 @@ def _mean_tokens(documents: list[Document]) -> float:
 
 
 def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """See `Document.found`. The end token is nowhere, and what begins a chunk has nothing before it.
+    """See `Document.found`. The end token is nowhere.
 
     After a space words are often other tokens: "ĠLisbon" where the answer begins "L". Then the answer's first token is
     looked for where the word begins, and the others as far as both end alike.
@@ -445,7 +445,7 @@ def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTra
         offsets = {0: 0} | {len(said) - i: len(wanted) - i for i in range(1, alike + 1)}
         windows = np.lib.stride_tricks.sliding_window_view(chunk, len(wanted))
         for start in np.flatnonzero((windows == wanted).all(1)):
-            places += [(token, number, start + offset - 1) for token, offset in offsets.items() if start + offset]
+            places += [(token, number, start + offset - 1) for token, offset in offsets.items()]
     return np.array(places, np.int32).reshape(-1, 3)
 
 

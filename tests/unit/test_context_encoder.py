@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,8 +29,13 @@ CASES = [  # kind, exit_layer, layers that have to run
 cases = pytest.mark.parametrize(("kind", "exit_layer", "depth"), CASES)
 
 
-def encoder(base: BaseModel, kind: str, exit_layer: int | None) -> ContextEncoder:
-    return ContextEncoder(base, EncoderConfig(kind, exit_layer), MODULES)  # type: ignore[arg-type]
+def encoder(base: BaseModel, kind: str, exit_layer: int | None, read_twice: bool = False) -> ContextEncoder:
+    return ContextEncoder(base, EncoderConfig(kind, exit_layer, read_twice), MODULES)  # type: ignore[arg-type]
+
+
+def tensors(features: Features) -> list[torch.Tensor]:
+    embedded = [] if features.embedded is None else [features.embedded]
+    return [features.final, *features.streams, *embedded, *(t for seen in features.inputs.values() for t in seen)]
 
 
 def final_norm(base: BaseModel) -> nn.Module:
@@ -72,7 +78,26 @@ def test_features_are_those_of_a_plain_forward_pass(
         for actual, expected in zip(recorded, inputs[name], strict=False):
             assert_same(actual, expected)
     assert features.mask.equal(batch.mask)
-    assert features.content.equal(batch.content)
+    assert features.rows.equal(batch.rows)
+
+
+@cases
+def test_read_twice_tokens_know_what_follows(
+    tiny_base: BaseModel, kind: str, exit_layer: int | None, depth: int
+) -> None:
+    batch = random_chunks(tiny_base, 9, 4)
+    twice = encoder(tiny_base, kind, exit_layer, read_twice=True)(batch)
+    for row, length in enumerate(batch.mask.sum(1)):
+        ids = batch.ids[row : row + 1, :length].repeat(1, 2)
+        written_out = ChunkBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+        plain = encoder(tiny_base, kind, exit_layer)(written_out)
+        for actual, expected in zip(tensors(twice), tensors(plain), strict=True):
+            torch.testing.assert_close(actual[row, :length], expected[0, length:], atol=1e-5, rtol=0)
+    other = replace(batch, ids=batch.ids.clone())
+    last = int(batch.content[0].nonzero()[-1])
+    other.ids[0, last] += 1
+    changed = encoder(tiny_base, kind, exit_layer, read_twice=True)(other)
+    assert not changed.final[0, :last].equal(twice.final[0, :last])
 
 
 @cases
@@ -111,9 +136,6 @@ def test_padding_is_invisible(tiny_base: BaseModel, kind: str, exit_layer: int |
     batch, encode = random_chunks(tiny_base, 9, 4), encoder(tiny_base, kind, exit_layer)
     length = int(batch.mask[1].sum())
     alone = encode(ChunkBatch(*(t[1:, :length] for t in (batch.ids, batch.content, batch.mask))))
-
-    def tensors(features: Features) -> list[torch.Tensor]:
-        return [features.final, *features.streams, *(t for seen in features.inputs.values() for t in seen)]
 
     for padded, plain in zip(tensors(encode(batch)), tensors(alone), strict=True):
         torch.testing.assert_close(padded[1:, :length], plain, atol=1e-5, rtol=0)
