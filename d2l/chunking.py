@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from d2l.base_model import chat_text
@@ -48,11 +47,6 @@ class ChunkBatch:
     """[chunks, tokens] bool: the document's own tokens, without affixes and padding."""
     mask: Tensor
     """[chunks, tokens] bool: content and affixes, without padding."""
-
-    @property
-    def rows(self) -> Tensor:
-        """[chunks, tokens] bool: content and what stands before it, after which its first token is said."""
-        return self.content | pad(self.content[:, 1:], (0, 1))
 
     def to(self, device: torch.device) -> "ChunkBatch":
         """The same batch on another device."""

@@ -11,13 +11,15 @@ model's own weights: a decoder with fewer layers shares them and costs no memory
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from d2l.base_model import BaseModel
 from d2l.chunking import ChunkBatch
@@ -48,7 +50,7 @@ class Features:
     mask: Tensor
     """[chunks, tokens] bool: real tokens, affixes included."""
     rows: Tensor
-    """[chunks, tokens] bool: the document's own tokens and the one before them."""
+    """[chunks, tokens] bool: where something of the document is read, see `ContextEncoder.rows`."""
     streams: tuple[Tensor, ...] = ()
     """`per_layer`, `activations`: the stream entering each (adapted) layer, [chunks, tokens, d] each."""
     embedded: Tensor | None = None
@@ -114,28 +116,33 @@ class ContextEncoder:
             stack.enter_context(self.base.lock)  # hooks on modules that others may be running, too
             if reader:
                 stack.enter_context(inject(self.base, *reader))
+            taken = partial(_second, batch) if self.twice else _itself
             if self.kind != "early_exit":
-                stack.enter_context(recording(self.read_layers, streams))
+                stack.enter_context(recording(self.read_layers, streams, taken))
             if self.kind == "activations":
-                stack.enter_context(recording(self.layers[:1], embedded))
+                stack.enter_context(recording(self.layers[:1], embedded, taken))
             for name, modules in self.targets.items() if self.kind == "activations" else ():
-                stack.enter_context(recording(modules, inputs[name]))
+                stack.enter_context(recording(modules, inputs[name], taken))
             learns = reader is not None and any(t.requires_grad for pair in reader.factors.values() for t in pair)
             stack.enter_context(torch.set_grad_enabled(learns and torch.is_grad_enabled()))
             ids = _doubled(batch) if self.twice else batch.ids
-            final = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        if self.twice:
-            for seen in (streams, embedded, *inputs.values()):
-                seen[:] = [_second(x, batch) for x in seen]
-            final = _second(final, batch)
+            final = taken(self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
         return Features(
             final,
             batch.mask,
-            batch.rows,
+            self.rows(batch),
             tuple(streams),
             embedded[0] if embedded else None,
             {name: tuple(seen) for name, seen in inputs.items()},
         )
+
+    def rows(self, batch: ChunkBatch) -> Tensor:
+        """Where something of a chunk is read, [chunks, tokens] bool.
+
+        At the document's own tokens. Read twice, also at the one before them: it knows what follows, and where it is
+        not kept, nothing leads to a document's first word.
+        """
+        return batch.content | pad(batch.content[:, 1:], (0, 1)) if self.twice else batch.content
 
 
 def _doubled(batch: ChunkBatch) -> Tensor:
@@ -143,7 +150,7 @@ def _doubled(batch: ChunkBatch) -> Tensor:
     return torch.cat([batch.ids, batch.ids], 1).scatter(1, _places(batch), batch.ids)
 
 
-def _second(x_N2Td: Tensor, batch: ChunkBatch) -> Tensor:
+def _second(batch: ChunkBatch, x_N2Td: Tensor) -> Tensor:
     """What belongs to each chunk's second time, [chunks, tokens, d]."""
     return x_N2Td.gather(1, _places(batch).unsqueeze(-1).expand(-1, -1, x_N2Td.shape[-1]))
 
@@ -153,12 +160,18 @@ def _places(batch: ChunkBatch) -> Tensor:
     return batch.mask.sum(1, keepdim=True) + torch.arange(batch.ids.shape[1], device=batch.ids.device)
 
 
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 @contextmanager
-def recording(modules: Iterable[nn.Module], seen: list[Tensor]) -> Iterator[None]:
-    """Append each module's first input to `seen`, in the order in which they run, while the context lasts."""
+def recording(
+    modules: Iterable[nn.Module], seen: list[Tensor], taken: Callable[[Tensor], Tensor] = _itself
+) -> Iterator[None]:
+    """Append what is `taken` of each module's first input to `seen`, in the order in which they run."""
 
     def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(taken(args[0] if args else kwargs["hidden_states"]))
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:

@@ -21,7 +21,7 @@ from d2l import generators
 from d2l.base_model import BaseModel, Digests
 from d2l.chunking import ChunkBatch, ChunkingConfig
 from d2l.config import from_dict, load_json, save_json, to_dict
-from d2l.context_encoder import ContextEncoder, EncoderConfig
+from d2l.context_encoder import ContextEncoder, EncoderConfig, Features
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, combine_chunks, split_documents, stack
 from d2l.injection import PlacedRows, Rows
@@ -47,7 +47,7 @@ class HypernetworkConfig:
     layers: tuple[int, ...] | None = None
     """The adapted layers, from 0, for the encoder `activations`; by default all that it runs. Others adapt all."""
     rank: int = 8
-    """Rank of one chunk's factors; `outer_product` ignores it, its rank being the tokens of the chunk."""
+    """Rank of one chunk's factors; `outer_product` ignores it, for it writes a row for each of the chunk's tokens."""
     bias_rank: int = 4
     """Rank of the bias block, added once per adapter; 0 for none."""
     scale: float = 1.0
@@ -67,6 +67,12 @@ class Hypernetwork(nn.Module):
         self._encoder = [
             ContextEncoder(base, config.encoder, config.target_modules, config.layers)
         ]  # a list hides it from nn.Module
+        window = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+        if window and (read := config.chunking.max_chunk_tokens * (1 + config.encoder.read_twice)) > window:
+            raise UserError(
+                f"chunking.max_chunk_tokens {config.chunking.max_chunk_tokens}: {read} tokens would be read at once, "
+                f"more than the window of {base.name}, {window}; lower it"
+            )
         module = generators.load(config.generator)
         if config.encoder.kind not in module.Generator.encoder_kinds:
             kinds = ", ".join(module.Generator.encoder_kinds)
@@ -103,7 +109,11 @@ class Hypernetwork(nn.Module):
 
     def forward(self, batch: ChunkBatch) -> Factors:
         """Encode chunks and write their rows, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]."""
-        return self.generator(self.encoder(batch, self._reader(len(batch.ids))))
+        return self.generator(self.read(batch))
+
+    def read(self, batch: ChunkBatch) -> Features:
+        """Encode chunks, with the bias rows of `reading_modules` in force."""
+        return self.encoder(batch, self._reader(len(batch.ids)))
 
     def reading_parameters(self) -> list[nn.Parameter]:
         """The bias rows of `reading_modules`."""

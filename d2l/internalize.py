@@ -16,7 +16,7 @@ from d2l.adapter import Adapter, Provenance, check_rank
 from d2l.base_model import BaseModel
 from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
-from d2l.factors import Factors, concat_ranks, map_tensors, rank_of, sketch, split_documents
+from d2l.factors import concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
 from d2l.memory import Memory
 
@@ -31,7 +31,8 @@ class InternalizeConfig:
     max_rank: int = 128
     """Rows of an adapter at most, bias included."""
     batch_tokens: int = 4096
-    """Tokens of one encoder batch at most, padding and affixes included; a single chunk may exceed it."""
+    """Tokens of one encoder batch at most, padding and affixes included, as often as they are read; a single chunk may
+    exceed it."""
     gathered_rows: int | None = None
     """Rows of a document that are kept at most, before moments take their place; by default as many as take no more
     memory than these do."""
@@ -111,7 +112,7 @@ class Internalizer:
                 continue
             for number, chunk in enumerate(job.chunks):
                 window.append((job, number))
-                tokens += len(chunk) + self._affixes.length
+                tokens += self._width(chunk)
                 if tokens >= _WINDOW_BATCHES * self.config.batch_tokens:
                     yield from self._drain(window)
                     window, tokens = [], 0
@@ -130,28 +131,24 @@ class Internalizer:
         """
         ordered = sorted(window, key=lambda item: -len(item[0].chunks[item[1]]))
         while ordered:
-            width = self._affixes.length + len(ordered[0][0].chunks[ordered[0][1]])
-            count = max(1, self.config.batch_tokens // width)
+            count = max(1, self.config.batch_tokens // self._width(ordered[0][0].chunks[ordered[0][1]]))
             yield from self._run(ordered[:count])
             ordered = ordered[count:]
+
+    def _width(self, chunk: Sequence[int]) -> int:
+        return (self._affixes.length + len(chunk)) * (2 if self.hypernetwork.encoder.twice else 1)
 
     def _run(self, waiting: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
         chunks = [job.chunks[number] for job, number in waiting]
         batch = batch_chunks(chunks, self._affixes, self.base.pad_id).to(self.base.device)
-        factors = self.hypernetwork(batch)
-        for (job, number), rows in zip(waiting, split_documents(factors, [1] * len(waiting)), strict=True):
-            job.memory.add(self._written(rows, len(job.chunks[number])))
+        factors = split_documents(self.hypernetwork(batch), [1] * len(waiting))
+        for (job, _), rows, where in zip(waiting, factors, self.hypernetwork.encoder.rows(batch), strict=True):
+            if self.hypernetwork.generator.token_rows:  # without those of zeros, whose number depends on the batch
+                rows = map_tensors(rows, lambda t, where=where: t[:, where])
+            job.memory.add(rows)
             job.done += 1
             if job.done == len(job.chunks):
                 yield job.index, self._finish(job)
-
-    def _written(self, rows: Factors, tokens: int) -> Factors:
-        """A chunk's rows, and the one before it, without those of zeros: there, ranks depend on the batch."""
-        if not self.hypernetwork.generator.token_rows:
-            return rows
-        before = len(self._affixes.prefix)
-        written = slice(max(0, before - 1), before + tokens)
-        return map_tensors(rows, lambda t: t[:, written].contiguous())  # a view keeps its whole batch
 
     def _finish(self, job: _Job) -> Adapter:
         factors, error, room = job.memory.factors(), 0.0, self.config.max_rank - self.hypernetwork.config.bias_rank

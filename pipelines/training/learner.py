@@ -164,10 +164,11 @@ class MetaLearner(nn.Module):
         strengths, found_P3 = self.hypernetwork.generator.strengths(), batch.found
         assert strengths is not None
         assert found_P3 is not None
-        losses, first = [], 0
+        rows_NT, losses, first = self.hypernetwork.encoder.rows(batch.chunks), [], 0
+        found_P3 = found_P3[rows_NT[found_P3[:, 1], found_P3[:, 2]]]
         for count in batch.chunks_per_document:
             pairs_P3 = found_P3[(found_P3[:, 1] >= first) & (found_P3[:, 1] < first + count)]
-            rows_CT = batch.chunks.rows[first : first + count]
+            rows_CT = rows_NT[first : first + count]
             numbers_CT = (rows_CT.flatten().cumsum(0) - 1).view_as(rows_CT)
             asked, tokens = pairs_P3[:, 0].unique(return_inverse=True)
             rows_P = numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]

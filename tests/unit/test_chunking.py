@@ -92,9 +92,8 @@ def test_masks_say_what_is_document_affix_and_padding(
 ) -> None:
     batch = batch_chunks(chunks, Affixes(tuple(prefix), tuple(suffix)), pad_id=0)
     assert batch.ids.shape[1] == len(prefix) + max(map(len, chunks)) + len(suffix)
-    for chunk, ids, content, rows, mask in zip(chunks, batch.ids, batch.content, batch.rows, batch.mask, strict=True):
+    for chunk, ids, content, mask in zip(chunks, batch.ids, batch.content, batch.mask, strict=True):
         assert ids[content].tolist() == chunk
-        assert ids[rows].tolist() == [*prefix[-1:], *chunk]
         assert ids[mask].tolist() == [*prefix, *chunk, *suffix]
         assert not ids[~mask].any()
         assert mask.sort(descending=True, stable=True).values.equal(mask)  # padding is on the right

@@ -78,7 +78,7 @@ def test_features_are_those_of_a_plain_forward_pass(
         for actual, expected in zip(recorded, inputs[name], strict=False):
             assert_same(actual, expected)
     assert features.mask.equal(batch.mask)
-    assert features.rows.equal(batch.rows)
+    assert features.rows.equal(batch.content)
 
 
 @cases
@@ -93,6 +93,9 @@ def test_read_twice_tokens_know_what_follows(
         plain = encoder(tiny_base, kind, exit_layer)(written_out)
         for actual, expected in zip(tensors(twice), tensors(plain), strict=True):
             torch.testing.assert_close(actual[row, :length], expected[0, length:], atol=1e-5, rtol=0)
+    for rows, content in zip(twice.rows, batch.content, strict=True):
+        own = content.nonzero().flatten().tolist()
+        assert rows.nonzero().flatten().tolist() == [own[0] - 1, *own]  # the one before leads to the first
     other = replace(batch, ids=batch.ids.clone())
     last = int(batch.content[0].nonzero()[-1])
     other.ids[0, last] += 1

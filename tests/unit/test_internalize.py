@@ -9,6 +9,7 @@ import torch
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.chunking import Affixes, ChunkingConfig, batch_chunks, document_ids, split_evenly
+from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
 from d2l.factors import Factors, map_tensors
 from d2l.hypernetwork import Hypernetwork
@@ -106,16 +107,17 @@ def test_the_rank_never_exceeds_its_bound(tiny_llama: BaseModel, words: int) -> 
     assert (adapter.provenance.compression_error > 0) == (words > 1)
 
 
-def test_short_documents_are_not_compressed(tiny_llama: BaseModel) -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_short_documents_are_not_compressed(tiny_llama: BaseModel, twice: bool) -> None:
     """Their rows are what their tokens wrote, even in a batch with long ones."""
-    hypernetwork = tiny_hypernetwork(tiny_llama)
+    hypernetwork = tiny_hypernetwork(tiny_llama, encoder=EncoderConfig("activations", read_twice=twice))
     many = documents(4, 300, 6)
-    adapters = Internalizer(tiny_llama, hypernetwork, InternalizeConfig(max_rank=18))(many)
+    adapters = Internalizer(tiny_llama, hypernetwork, InternalizeConfig(max_rank=19))(many)
     for document, adapter in zip(many[::2], adapters[::2], strict=True):
         assert adapter.provenance.compression_error == 0
-        assert adapter.rank == adapter.provenance.tokens + 1 + 2  # the row before the first token, and the bias block
+        assert adapter.rank == adapter.provenance.tokens + 2 + twice
         assert_same_update(adapter.document_rows(), uncompressed(tiny_llama, hypernetwork, document))
-    assert adapters[1].rank == 18
+    assert adapters[1].rank == 19
 
 
 def test_adapters_say_where_they_come_from(tiny_llama: BaseModel) -> None:

@@ -14,8 +14,8 @@ from tests.conftest import delta, random_chunks, tiny_hypernetwork
 MODULES = ("down_proj", "k_proj")
 
 
-def make(base: BaseModel, layers: int | None = None) -> Hypernetwork:
-    hypernetwork = tiny_hypernetwork(base, target_modules=MODULES, encoder=EncoderConfig("activations", layers))
+def make(base: BaseModel, layers: int | None = None, twice: bool = False) -> Hypernetwork:
+    hypernetwork = tiny_hypernetwork(base, target_modules=MODULES, encoder=EncoderConfig("activations", layers, twice))
     with torch.no_grad():  # away from where they start, and from what layers have in common
         for number, (name, parameter) in enumerate(hypernetwork.generator.named_parameters()):
             if name.endswith("key_diagonal"):
@@ -55,9 +55,12 @@ def naive(
 
 @pytest.mark.parametrize("layers", [4, 2])
 @pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
 @torch.no_grad()
-def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: int, template: bool) -> None:
-    hypernetwork, lengths = make(tiny_base, layers), (6, 9, 3)
+def test_agrees_with_its_formulas_token_by_token(
+    tiny_base: BaseModel, layers: int, template: bool, twice: bool
+) -> None:
+    hypernetwork, lengths = make(tiny_base, layers, twice), (6, 9, 3)
     affixes = Affixes.of(tiny_base.tokenizer) if template else Affixes((), ())
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
@@ -74,17 +77,20 @@ def test_agrees_with_its_formulas_token_by_token(tiny_base: BaseModel, layers: i
             for chunk, length in enumerate(lengths):
                 real = features.mask[chunk]
                 seen = (features.inputs[name][layer], features.streams[layer], features.final, features.embedded)
-                document = range(max(0, len(affixes.prefix) - 1), len(affixes.prefix) + length)
+                document = range(max(0, len(affixes.prefix) - twice), len(affixes.prefix) + length)
                 expected = naive(weights, *(t[chunk][real] for t in seen), document)
                 torch.testing.assert_close(updates[name][layer, chunk].float(), expected, atol=1e-5, rtol=1e-4)
                 assert expected.abs().max() > 1e-3
 
 
-def test_affixes_but_the_token_before_a_chunk_and_padding_write_nothing(tiny_base: BaseModel) -> None:
-    batch = random_chunks(tiny_base, 9, 4)
-    for _, b in make(tiny_base)(batch).values():
-        assert not b[:, ~batch.rows].any()
-        assert b[:, batch.rows].any(-1).all()
+@pytest.mark.parametrize("twice", [True, False])
+def test_affixes_and_padding_write_nothing(tiny_base: BaseModel, twice: bool) -> None:
+    """But for the token before a chunk that is read twice."""
+    batch, hypernetwork = random_chunks(tiny_base, 9, 4), make(tiny_base, twice=twice)
+    rows = hypernetwork.encoder.rows(batch)
+    for _, b in hypernetwork(batch).values():
+        assert not b[:, ~rows].any()
+        assert b[:, rows].any(-1).all()
 
 
 @pytest.mark.parametrize("template", [True, False])

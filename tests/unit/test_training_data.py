@@ -257,7 +257,7 @@ def test_answers_are_found_in_their_documents(tokenizer):
     batch = collate(PackedBatch("facts", True, documents), Affixes((1, 1, 1), (2, 2)), 0)
     assert batch.found is not None
     tokens, rows, columns = batch.found.T
-    assert batch.chunks.rows[rows, columns].all()
+    assert batch.chunks.content[rows, columns + 1].all()
     ends = np.cumsum(batch.answer_lengths) - 1
     firsts = ends + 1 - batch.answer_lengths
     for token, row, column in batch.found.tolist():
