@@ -16,7 +16,7 @@ from d2l.adapter import Adapter, Provenance, check_rank
 from d2l.base_model import BaseModel
 from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
-from d2l.factors import concat_ranks, map_tensors, rank_of, sketch, split_documents
+from d2l.factors import LowRank, concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
 from d2l.memory import Memory
 
@@ -144,7 +144,7 @@ class Internalizer:
         factors = split_documents(self.hypernetwork(batch), [1] * len(waiting))
         for (job, _), rows, where in zip(waiting, factors, self.hypernetwork.encoder.rows(batch), strict=True):
             if self.hypernetwork.generator.token_rows:  # without those of zeros, whose number depends on the batch
-                rows = map_tensors(rows, lambda t, where=where: t[:, where])
+                rows = {name: LowRank(*(t[:, where] for t in pair)) for name, pair in rows.items()}
             job.memory.add(rows)
             job.done += 1
             if job.done == len(job.chunks):

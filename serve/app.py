@@ -177,6 +177,7 @@ def build(config: ServeConfig) -> serve.Application:
             ray_actor_options={"num_cpus": config.cpus_per_internalizer, "num_gpus": config.gpus_per_internalizer},
             max_ongoing_requests=ongoing,
             max_queued_requests=config.max_queued_requests,
+            graceful_shutdown_timeout_s=config.request_timeout_s,
             user_config={"hypernetwork": hypernetwork},
         ).bind(store, base, "cuda" if config.gpus_per_internalizer else "cpu", config.dtype, embedding)
     selector = None
@@ -192,8 +193,11 @@ def build(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},  # it only waits
         max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
         max_queued_requests=capacity,
+        graceful_shutdown_timeout_s=config.request_timeout_s,
         backpressure_config=_OVERLOAD,
-    ).bind(engine, catalogue, internalizer, selector, store, config.alias, config.min_similarity)
+    ).bind(
+        engine, catalogue, internalizer, selector, store, config.alias, config.min_similarity, config.request_timeout_s
+    )
 
 
 def from_yaml(arguments: dict[str, Any]) -> serve.Application:

@@ -6,6 +6,7 @@ both from an engine to the gateway.
 
 import logging
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -68,6 +69,9 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, BackPressureError):
         return ApiError(429, f"Too many requests are waiting. Try again in {RETRY_AFTER_S} s.", "overloaded")
+    if isinstance(error, torch.OutOfMemoryError):
+        logger.error("out of memory: %s", error)
+        return ApiError(503, "The server is out of memory. Try again later, or ask for less.", "overloaded")
     if isinstance(error, RayActorError | DeploymentUnavailableError):
         return ApiError(503, "The replica that held this request is gone. Try again.", "replica_unavailable")
     logger.error("request failed", exc_info=error)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from ray import serve
 from ray.util.metrics import Histogram
 
@@ -84,6 +85,10 @@ class Internalizer:
             logger.error("hypernetwork not changed: %s", error)
             return
         self._maker = _Maker(DocToLora(self._base, hypernetwork))
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises: its device has failed."""
+        torch.ones(1, device=self._base.device).item()
 
     async def internalize(self, work: Internalization) -> Event:
         """The event to commit: the adapter is in the store.
@@ -201,7 +206,10 @@ class _Maker:
             return
         if (least := size // self._model.base.longest_token) > most:  # not tokenised: it may be megabytes
             raise _too_long(f"at least {least:,}", most)
-        tokens = len(self._model.base.tokenizer(work.text, add_special_tokens=False, verbose=False)["input_ids"])
+        # As `document_ids` does it: a tokenizer keeps the setting, and another thread's document is not to get ours.
+        tokenizer = self._model.base.tokenizer
+        ids = tokenizer(work.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        tokens = len(ids)
         if tokens > most:
             raise _too_long(f"{tokens:,}", most)
 

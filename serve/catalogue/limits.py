@@ -43,12 +43,10 @@ class TokenBucket:
         self._clock = clock
         self._level, self._seen = self._most, clock()
 
-    def wait_s(self, amount: float) -> float:
-        """Seconds until `amount` is there; 0 if it is, infinite if it will never be."""
+    def wait_s(self) -> float:
+        """Seconds until there is one; 0 if there is."""
         self._refill()
-        if amount <= self._level:
-            return 0.0
-        return (amount - self._level) * 60 / self._most if amount <= self._most else float("inf")
+        return max(0.0, (1 - self._level) * 60 / self._most)
 
     def take(self, amount: float) -> None:
         """Take `amount`, be it there or not."""
@@ -73,7 +71,7 @@ class Limiter:
     def admit(self) -> tuple[float, str]:
         """Count a request in, if it may come; else the seconds it has to wait, and for what."""
         for bucket, what in ((self._requests, "requests"), (self._tokens, "tokens")):
-            if bucket and (wait := bucket.wait_s(1)):
+            if bucket and (wait := bucket.wait_s()):
                 return wait, what
         if self._requests:
             self._requests.take(1)

@@ -2,7 +2,7 @@
 
 All engines of a machine share one folder. Adapters never change, so a copy is right for ever; one that is damaged, or
 that another engine evicts while it is read, is fetched again. What is erased from a store stays until its place is
-needed.
+needed. A thread writes: nobody waits for it.
 """
 
 import hashlib
@@ -10,12 +10,16 @@ import logging
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from d2l.adapter import COMMIT_MARK, Adapter
 from d2l.base_model import cache_folder
 from d2l.errors import UserError
 from d2l.store import AdapterStore
+
+_PENDING = 32
+"""Adapters that wait to be written at most; what comes meanwhile is not kept."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,7 +37,8 @@ class AdapterDisk:
         self._store = store
         self._capacity = 0 if store.storage.is_local else capacity_bytes
         self._folder = folder or cache_folder() / "adapters"
-        self._writing = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "adapter-disk")
+        self._pending = threading.Semaphore(_PENDING)
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
         """As `AdapterStore.get`."""
@@ -47,17 +52,22 @@ class AdapterDisk:
                 logger.warning("an adapter's copy is fetched again: %s", error)
                 shutil.rmtree(folder, ignore_errors=True)
         adapter = self._store.get(tenant, adapter_id)
-        if adapter.nbytes <= self._capacity:
-            self._keep(adapter, folder)
+        if adapter.nbytes <= self._capacity and self._pending.acquire(blocking=False):
+            self._writer.submit(self._keep, adapter, folder)
         return adapter
+
+    def close(self) -> None:
+        """Wait for what is being written; then keep nothing more."""
+        self._writer.shutdown()
 
     def _keep(self, adapter: Adapter, folder: Path) -> None:
         try:
-            with self._writing:
-                adapter.save(folder)
-                self._evict()
+            adapter.save(folder)
+            self._evict()
         except (UserError, OSError) as error:  # a full disk costs time, not answers
             logger.warning("an adapter is not kept on disk: %s", error)
+        finally:
+            self._pending.release()
 
     def _evict(self) -> None:
         """Remove the folders that were used least recently until the others fit."""

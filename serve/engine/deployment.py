@@ -46,7 +46,7 @@ class EngineRequest:
     tenant: str
     """Whose adapters."""
     adapter_ids: tuple[str, ...]
-    """None for the bare base model; several are composed."""
+    """Empty for the bare base model; several are composed."""
     sampling: SamplingConfig
     stops: tuple[str, ...] = ()
     """Strings that end the answer, and are not part of it."""
@@ -154,6 +154,7 @@ class Engine:
         """Called by Serve, which replaces a replica that raises."""
         if not self._batcher.alive:
             raise RuntimeError("the decoding thread has ended")
+        torch.ones(1, device=self._batcher.device).item()  # raises where the device has failed, and all that needs it
         self._metrics.report()
 
     def _prompt(self, request: EngineRequest) -> list[int]:

@@ -35,7 +35,7 @@ from d2l.errors import UserError
 from serve.engine.answer import Answer, Job, Piece
 from serve.engine.batcher import BatcherConfig
 from serve.engine.logprobs import TokenLogprob, spelled
-from serve.errors import ApiError
+from serve.errors import ApiError, adapter_error
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -177,9 +177,12 @@ class VllmBatcher:
 
     async def _load(self, adapter: Adapter) -> str:
         if adapter.rank > self.max_rank:
-            raise UserError(f"this adapter has rank {adapter.rank}; the engine vllm takes {self.max_rank} at most")
+            raise adapter_error(UserError(f"its rank is {adapter.rank}; the engine vllm takes {self.max_rank} at most"))
         name = str(next(self._numbers))
-        await asyncio.to_thread(adapter.save, self._folder / name)
+        try:
+            await asyncio.to_thread(adapter.save, self._folder / name)
+        except UserError as error:
+            raise adapter_error(error) from error
         body = {"lora_name": name, "lora_path": str(self._folder / name)}
         await self._client.post("/load_lora_adapter", cast_to=str, body=body)
         return name

@@ -1,15 +1,17 @@
 """What the routes of the gateway have in common: who is asking, and what answers."""
 
-from collections.abc import Callable, Coroutine
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from serve.catalogue.keys import ApiKey
-from serve.errors import as_api_error
+from serve.errors import ApiError, as_api_error
 from serve.gateway.directory import Directory
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, where the server gives them out.")
@@ -30,6 +32,8 @@ class Backend:
     """Name that the base model is served under."""
     min_similarity: float
     """Below this, `auto` is the bare base model."""
+    timeout_s: float
+    """Seconds that a request may wait for the other deployments, of which there may be none for a while."""
 
     def caller(self) -> Callable[..., Coroutine[Any, Any, ApiKey]]:
         """A dependency: the key of a request, which is counted.
@@ -41,15 +45,41 @@ class Backend:
         async def admitted(given: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None) -> ApiKey:
             key = self.directory.caller(given.credentials if given else None)
             if key.limits.per_minute:
-                try:
+                async with self.deadline():
                     await self.catalogue.admit.remote(key)
-                except Exception as error:
-                    raise as_api_error(error) from error
             return key
 
         return admitted
+
+    @asynccontextmanager
+    async def deadline(self, *calls: DeploymentResponse | DeploymentResponseGenerator) -> AsyncIterator[None]:
+        """Errors of other deployments as clients are told them; `calls` end with whoever waits for them.
+
+        Raises:
+            ApiError: 504, it takes too long; or what the error is for the client.
+        """
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                yield
+        except TimeoutError:
+            cancel(calls)
+            message = f"No complete answer within {self.timeout_s:g} s. Lower max_tokens, or try again later."
+            raise ApiError(504, message, "timeout") from None
+        except Exception as error:  # Serve would answer some of these itself, in a format of its own
+            cancel(calls)
+            raise as_api_error(error) from error
+        except BaseException:  # the client has gone
+            cancel(calls)
+            raise
 
     def charge(self, key: ApiKey, tokens: int) -> None:
         """Count what a request has used; nobody waits for it."""
         if tokens and key.limits.tokens_per_minute is not None:
             self.catalogue.charge.remote(key, tokens)
+
+
+def cancel(calls: Iterable[DeploymentResponse | DeploymentResponseGenerator]) -> None:
+    """End calls whose results nobody waits for."""
+    for call in calls:
+        with suppress(Exception):  # what a call has failed with already, it raises again
+            call.cancel()

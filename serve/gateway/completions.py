@@ -2,22 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.responses import Response as HttpResponse
-from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentResponseGenerator
 
 from d2l.catalogue import Event
 from serve.catalogue.keys import ApiKey
 from serve.engine.answer import Piece
 from serve.engine.deployment import EngineRequest
 from serve.errors import ApiError, as_api_error, error_body
-from serve.gateway.backend import Backend
+from serve.gateway.backend import Backend, cancel
 from serve.gateway.model_names import ModelName, shown
 from serve.gateway.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from serve.gateway.responses import ChatResponse, CompletionResponse, Response, usage
@@ -78,11 +77,8 @@ class _Answers:
         if request.stream:
             return await self._stream(each, key, response, request.stream_options.include_usage)
         calls = [self._backend.engine.complete.remote(asked) for asked in each]
-        try:
+        async with self._backend.deadline(*calls):
             answers = await asyncio.gather(*calls)
-        except Exception as error:  # Serve would answer some of these itself, in a format of its own
-            _cancel(calls)
-            raise as_api_error(error) from error
         self._backend.charge(key, usage(answers)["total_tokens"])
         return JSONResponse(response.whole(answers))
 
@@ -91,11 +87,9 @@ class _Answers:
     ) -> StreamingResponse:
         engine = self._backend.engine.options(stream=True)
         streams = [cast(DeploymentResponseGenerator, engine.stream.remote(asked)) for asked in each]
-        try:  # before the status is sent: what is wrong with a request shows here
+        # Before the status is sent: what is wrong with a request shows here.
+        async with self._backend.deadline(*streams):
             last = await asyncio.gather(*(anext(stream) for stream in streams))
-        except Exception as error:
-            _cancel(streams)
-            raise as_api_error(error) from error
 
         async def events() -> AsyncIterator[str]:
             try:
@@ -110,7 +104,7 @@ class _Answers:
             except Exception as error:  # the status is sent already: the error is the stream's last event
                 yield _event(error_body(as_api_error(error)))
             finally:
-                _cancel(stream for stream, piece in zip(streams, last, strict=True) if not piece.finish_reason)
+                cancel(stream for stream, piece in zip(streams, last, strict=True) if not piece.finish_reason)
                 self._backend.charge(key, usage(last)["total_tokens"])
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -131,17 +125,15 @@ class _Answers:
                 what = f"document {shown(wanted.doc_id)}" + (f" in version {wanted.version}" if wanted.version else "")
                 raise _not_found(model, f"there is no {what}")
             events.append(event)
-        return events, {}
+        return list({event.adapter_id: event for event in events}.values()), {}  # named twice is said once
 
     async def _chosen(self, model: str, tenant: str, question: str) -> tuple[Sequence[Event], dict[str, Any]]:
         """The document that the question is about; none where none is near enough."""
         backend = self._backend
         if backend.selector is None:
             raise _not_found(model, "this server has no embedding model to choose documents by")
-        try:
+        async with backend.deadline():
             choice: Choice | None = await backend.selector.select.remote(tenant, question, backend.min_similarity)
-        except Exception as error:
-            raise as_api_error(error) from error
         event = None
         if choice and choice.similarity >= backend.min_similarity:
             # Its current version, which may be newer than the one that the selector knows.
@@ -185,12 +177,6 @@ async def _merged(streams: Sequence[DeploymentResponseGenerator]) -> AsyncIterat
 def _question(messages: Sequence[dict[str, str]]) -> str:
     """What is asked: the last thing the user said."""
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-
-
-def _cancel(calls: Iterable[DeploymentResponse | DeploymentResponseGenerator]) -> None:
-    for call in calls:
-        with suppress(Exception):  # what a call has failed with already, it raises again
-            call.cancel()
 
 
 def _not_found(model: str, why: str) -> ApiError:

@@ -12,11 +12,13 @@ from serve.gateway.backend import Backend
 from serve.gateway.body_limit import BodyLimit
 from serve.gateway.completions import completions_router
 from serve.gateway.directory import Directory
-from serve.gateway.documents import documents_router
+from serve.gateway.documents import DOCUMENTS, documents_router
 from serve.gateway.models import models_router
 
-MAX_BODY_BYTES = 32 << 20
-"""Of any request; a document may be as large."""
+MAX_BODY_BYTES = 4 << 20
+"""Of a request: it is parsed while others wait."""
+MAX_DOCUMENT_BYTES = 32 << 20
+"""Of an upload."""
 
 
 @serve.deployment
@@ -32,6 +34,7 @@ class Gateway:
         store: root of the store, for its catalogue.
         alias: name that the base model is served under.
         min_similarity: of a question to the document that `auto` chooses.
+        timeout_s: for the other deployments to answer a request.
     """
 
     async def __init__(
@@ -43,9 +46,10 @@ class Gateway:
         store: str,
         alias: str,
         min_similarity: float,
+        timeout_s: float,
     ):
         directory = await Directory.open(store, catalogue)
-        self._backend = Backend(directory, engine, catalogue, internalizer, selector, alias, min_similarity)
+        self._backend = Backend(directory, engine, catalogue, internalizer, selector, alias, min_similarity, timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve."""
@@ -57,7 +61,7 @@ def build_app(backend: Backend) -> FastAPI:
     about = "OpenAI-compatible answers from documents that became LoRA adapters."
     app = FastAPI(title="Doc-to-LoRA", description=about)
     handle_errors(app)
-    app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES)
+    app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, larger={DOCUMENTS: MAX_DOCUMENT_BYTES})
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:

@@ -31,6 +31,7 @@ from serve.gateway.models import MOST_LISTED, After, Limit, page
 from serve.gateway.protocol import Strict, Text
 from serve.internalizer import Internalization
 
+DOCUMENTS = "/v1/documents"
 LONG_CHARACTERS = 20_000
 """Longer documents are answered before they are ready."""
 _MOST_CHARACTERS = 4_000_000
@@ -75,7 +76,7 @@ _BODY = {
 
 def documents_router(backend: Backend) -> APIRouter:
     """The routes."""
-    router = APIRouter(prefix="/v1/documents", tags=["documents"])
+    router = APIRouter(prefix=DOCUMENTS, tags=["documents"])
     caller = Annotated[ApiKey, Depends(backend.caller())]
     catalogue = backend.directory.catalogue
     uploads, files = _Uploads(backend), _Files()
@@ -89,7 +90,9 @@ def documents_router(backend: Backend) -> APIRouter:
             raise ApiError(413, message, "document_too_long")
         if len(given.text) > LONG_CHARACTERS:
             return JSONResponse(await uploads.begin(given, key), 202)
-        return JSONResponse(_ready(backend.alias, await uploads.finish(given, key)), 201)
+        async with backend.deadline():
+            event = await uploads.finish(given, key)
+        return JSONResponse(_ready(backend.alias, event), 201)
 
     @router.get("")
     async def documents(key: caller, limit: Limit = MOST_LISTED, after: After = "") -> dict[str, Any]:
@@ -112,10 +115,8 @@ def documents_router(backend: Backend) -> APIRouter:
         """Forget a document: no gateway answers from it any more, and an upload of it that goes on comes to nothing."""
         if catalogue.resolve(key.tenant, doc_id) is None and backend.directory.upload(key.tenant, doc_id) is None:
             raise _not_found(doc_id)
-        try:
+        async with backend.deadline():
             await backend.catalogue.commit.remote(Event(key.tenant, doc_id, "", "deleted"), key)
-        except Exception as error:
-            raise as_api_error(error) from error
         return {"id": doc_id, "object": "document", "deleted": True}
 
     return router
@@ -254,10 +255,8 @@ class _Uploads:
             logger.error("the end of an upload could not be told: %s", error)
 
     async def _accepted(self, upload: Upload) -> Upload:
-        try:
+        async with self._backend.deadline():
             return await self._backend.catalogue.accept.remote(upload)
-        except Exception as error:
-            raise as_api_error(error) from error
 
 
 def _ready(alias: str, event: Event) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Parameters that are not honoured are refused, never ignored; their neutral value
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from d2l.generation import SamplingConfig
 
@@ -15,6 +15,8 @@ DEFAULTS = SamplingConfig()
 """Sampling where a request does not say: greedy."""
 MOST_CHOICES = 8
 """Answers to one request."""
+_MOST_PARTS = 4096
+"""Messages of a conversation, and pieces of a message."""
 
 
 def _unicode(text: str) -> str:
@@ -23,6 +25,10 @@ def _unicode(text: str) -> str:
     except UnicodeEncodeError:  # JSON can hold lone surrogates; tokenizers cannot
         raise ValueError("not valid Unicode") from None
     return text
+
+
+def _only(prompt: Any) -> Any:
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
@@ -51,7 +57,7 @@ class Message(Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(max_length=_MOST_PARTS)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates want it."""
@@ -108,7 +114,7 @@ class GenerationRequest(Strict):
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=_MOST_PARTS)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -135,7 +141,9 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[Text, Field(min_length=1)]
+    prompt: Annotated[Text, Field(min_length=1), BeforeValidator(_only)] = Field(
+        description="A text, or a list of one: some clients always send lists."
+    )
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
     best_of: Literal[1] = 1

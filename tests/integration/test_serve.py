@@ -207,6 +207,8 @@ def test_completions_continue_a_text(server: Server):
         assert answer.choices[0].text == base.tokenizer.decode(ids, skip_special_tokens=True)
         assert answer.object == "text_completion"
         assert answer.usage.prompt_tokens == len(base.tokenizer(prompt)["input_ids"])
+        listed = server.client.completions.create(**options | {"prompt": [prompt]})  # as some clients always do
+        assert listed.choices[0].text == answer.choices[0].text
         pieces = list(server.client.completions.create(stream=True, **options))
         assert "".join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
 
@@ -232,6 +234,10 @@ def test_log_probabilities(server: Server):
     assert len(text.tokens) == len(text.token_logprobs) == len(text.top_logprobs) == len(text.text_offset)
     assert text.text_offset[:2] == [0, len(text.tokens[0])]
     assert text.token_logprobs[0] == max(text.top_logprobs[0].values())
+
+
+def test_a_document_named_twice_is_said_once(server: Server):
+    assert server.ask(f"{ALIAS}:harbour+harbour") == server.ask(f"{ALIAS}:harbour")
 
 
 def test_an_old_version_stays(server: Server):
@@ -276,6 +282,7 @@ def test_unknown_models(server: Server, name: str):
         ({"max_tokens": 10_000}, "window of 512 tokens"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}] * 5000}, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 5000}]}, "window of 512 tokens"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "content"),
         ({"top_k": 3}, "top_k"),
@@ -310,6 +317,9 @@ def test_other_paths(server: Server):
     assert requests.get(f"{root}/nowhere").json()["error"]["message"] == "Not Found"
     broken = requests.post(f"{root}/v1/chat/completions", data=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 400
+    large = {"model": ALIAS, "messages": [{"role": "user", "content": "a" * (5 << 20)}]}
+    refused = requests.post(f"{root}/v1/chat/completions", json=large)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
 def test_a_damaged_adapter_fails_alone(server: Server):

@@ -1,5 +1,6 @@
 """Adapters on disk in front of object storage: fetched once, bounded, right whatever happens to the copies."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def store(s3_bucket: str, tiny_llama: BaseModel) -> AdapterStore:
     return store
 
 
+def get(disk: AdapterDisk, number: int) -> Adapter:
+    """And wait until its copy is there."""
+    adapter = disk.get("default", name(number))
+    disk.close()
+    return adapter
+
+
 def name(number: int) -> str:
     return f"{number:032x}"
 
@@ -34,35 +42,36 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 def test_an_adapter_is_fetched_once(store: AdapterStore, tiny_llama: BaseModel, tmp_path: Path):
     disk = AdapterDisk(store, 10**9, tmp_path)
-    assert same(disk.get("default", name(0)), random_adapter(tiny_llama, seed=0))
+    assert same(get(disk, 0), random_adapter(tiny_llama, seed=0))
     store.remove("default", name(0))
-    assert same(disk.get("default", name(0)), random_adapter(tiny_llama, seed=0))
-    assert same(AdapterDisk(store, 10**9, tmp_path).get("default", name(0)), random_adapter(tiny_llama, seed=0))
+    assert same(get(disk, 0), random_adapter(tiny_llama, seed=0))
+    disk = AdapterDisk(store, 10**9, tmp_path)
+    assert same(get(disk, 0), random_adapter(tiny_llama, seed=0))
     with pytest.raises(UserError, match="not a complete adapter"):
         disk.get("other", name(0))
 
 
 def test_a_damaged_copy_is_fetched_again(store: AdapterStore, tiny_llama: BaseModel, tmp_path: Path):
-    disk = AdapterDisk(store, 10**9, tmp_path)
-    disk.get("default", name(1))
+    get(AdapterDisk(store, 10**9, tmp_path), 1)
     (copy,) = tmp_path.rglob(WEIGHTS_FILE)
     copy.write_bytes(b"no weights")
-    assert same(disk.get("default", name(1)), random_adapter(tiny_llama, seed=1))
+    assert same(get(AdapterDisk(store, 10**9, tmp_path), 1), random_adapter(tiny_llama, seed=1))
     store.remove("default", name(1))
-    assert same(disk.get("default", name(1)), random_adapter(tiny_llama, seed=1))
+    assert same(get(AdapterDisk(store, 10**9, tmp_path), 1), random_adapter(tiny_llama, seed=1))
 
 
 def test_the_least_recently_used_make_room(store: AdapterStore, tmp_path: Path):
-    AdapterDisk(store, 10**9, tmp_path).get("default", name(0))
+    get(AdapterDisk(store, 10**9, tmp_path), 0)
     nbytes = folder_bytes(tmp_path)
-    disk = AdapterDisk(store, 2 * nbytes + nbytes // 2, tmp_path)
+    capacity = 2 * nbytes + nbytes // 2
     for number in (1, 0, 2, 0, 3):
-        disk.get("default", name(number))
-        assert folder_bytes(tmp_path) <= 2.5 * nbytes
+        get(AdapterDisk(store, capacity, tmp_path), number)
+        assert folder_bytes(tmp_path) <= capacity
         time.sleep(0.02)  # file systems date by ticks
     for number in range(4):
         store.remove("default", name(number))
     for number, there in ((0, True), (1, False), (2, False), (3, True)):
+        disk = AdapterDisk(store, capacity, tmp_path)
         if there:
             disk.get("default", name(number))
         else:
@@ -70,15 +79,25 @@ def test_the_least_recently_used_make_room(store: AdapterStore, tmp_path: Path):
                 disk.get("default", name(number))
 
 
+def test_nobody_waits_for_the_disk(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    disk, may_write = AdapterDisk(store, 10**9, tmp_path), threading.Event()
+    monkeypatch.setattr(Adapter, "save", lambda *_: may_write.wait(60))
+    for number in range(4):
+        assert disk.get("default", name(number)).rank == 5
+    assert not folder_bytes(tmp_path)
+    may_write.set()
+    disk.close()
+
+
 def test_a_folder_that_cannot_be_written_costs_no_answer(store: AdapterStore, tmp_path: Path):
     (tmp_path / "file").touch()
-    assert AdapterDisk(store, 10**9, tmp_path / "file").get("default", name(2)).rank == 5
+    assert get(AdapterDisk(store, 10**9, tmp_path / "file"), 2).rank == 5
 
 
 def test_nothing_is_kept_of_a_local_store(tmp_path: Path, tiny_llama: BaseModel):
     store = AdapterStore(tmp_path / "store")
     store.put("default", name(0), random_adapter(tiny_llama))
-    AdapterDisk(store, 10**9, tmp_path / "disk").get("default", name(0))
+    get(AdapterDisk(store, 10**9, tmp_path / "disk"), 0)
     assert not (tmp_path / "disk").exists()
 
 
