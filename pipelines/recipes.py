@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from d2l.chunking import ChunkingConfig
+from d2l.chunking import ChunkingConfig, split_evenly
 from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig
@@ -50,11 +50,6 @@ class Stage:
             raise UserError("a stage needs steps, batch_tokens and question_tokens of at least 1")
         if not self.mixture or min(share.weight for share in self.mixture) <= 0:
             raise UserError("a stage needs tasks with weights above 0")
-        for task in (share.task for share in self.mixture):
-            if isinstance(task, NeedleTask) and task.max_tokens > self.batch_tokens:
-                raise UserError(
-                    f"needle task: documents of {task.max_tokens} tokens do not fit batch_tokens {self.batch_tokens}"
-                )
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,15 @@ class Recipe:
             raise UserError("the recipe has no steps; give it a stage")
         if self.batches_per_step < 1:
             raise UserError(f"batches_per_step must be at least 1, got {self.batches_per_step}")
+        for stage, task in ((s, share.task) for s in self.stages for share in s.mixture):
+            if not isinstance(task, NeedleTask):
+                continue
+            chunks = split_evenly(range(task.max_tokens), self.hypernetwork.chunking)
+            if (tokens := len(chunks) * len(chunks[0])) > stage.batch_tokens:
+                raise UserError(
+                    f"needle task: documents of {task.max_tokens} tokens, {tokens} with overlaps of chunks, do not fit "
+                    f"batch_tokens {stage.batch_tokens}"
+                )
 
     @property
     def steps(self) -> int:
@@ -185,7 +189,7 @@ def qa() -> Recipe:
         Share(RepeatTask(max_tokens=128), 0.05),
     )
     long = (
-        Share(NeedleTask(256, 2048, keyed, prose=prose), 0.6),
+        Share(NeedleTask(256, 1850, keyed, prose=prose), 0.6),
         Share(QuestionsTask(max_document_tokens=2048), 0.25),
         Share(FactsTask(max_facts=64, sentences=0.2), 0.15),
     )

@@ -174,8 +174,9 @@ class Running(Generic[Trial]):
 
     def keep(self, paths: list[Path]) -> None:
         """Put the answers and other files on record."""
-        for path in (self.log.path, *paths):
-            self.client.log_artifact(self.run_id, str(path))
+        with tracking.forgiven("the answers"):
+            for path in (self.log.path, *paths):
+                self.client.log_artifact(self.run_id, str(path))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from d2l.base_model import BUNDLED_MODELS
 from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
-from pipelines import cluster
+from pipelines import cluster, tracking
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import AnswerLog, running
 from pipelines.evaluate.config import EvaluateConfig
@@ -142,10 +142,11 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
         found, differences = scores(trials, config.rows)
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
         result = qa_report.write(folder, found, differences, about | {"devices": sorted({t.device for t in trials})})
-        for score in found:
-            for measure in ("f1", "exact_match", "recall", "rouge_l"):
-                key = f"{score.group.replace(' ', '_')}/{score.name}/{measure}"
-                evaluation.client.log_metric(evaluation.run_id, key, getattr(score, measure))
+        with tracking.forgiven("the scores"):
+            for score in found:
+                for measure in ("f1", "exact_match", "recall", "rouge_l"):
+                    key = f"{score.group.replace(' ', '_')}/{score.name}/{measure}"
+                    evaluation.client.log_metric(evaluation.run_id, key, getattr(score, measure))
         evaluation.keep(qa_report.files(folder))
     return result
 
@@ -166,10 +167,18 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
     for rank in (config.rank, *(int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row)):
         check_rank(rank, made.bias_rank)
     base = config.base or values["base_model"]
-    others = tuple(read_config(folder)["fingerprint"] for folder in (config.static, config.tuned_reader) if folder)
+    others = tuple(_one_for_all(folder) for folder in (config.static, config.tuned_reader) if folder)
     base = BUNDLED_MODELS.get(base, base)
     made_by = values["fingerprint"]
     return Setting(made_by, base, data, config.rows, others, config.rank, config.distillation, config.seed)
+
+
+def _one_for_all(folder: Path) -> str:
+    """The fingerprint of a baseline."""
+    values = read_config(folder)
+    if (kind := values["hypernetwork"].get("generator")) != "static":
+        raise UserError(f"{folder}: generator {kind}, where a baseline is `static`; train one: d2l train static")
+    return values["fingerprint"]
 
 
 def _batches(exams: list[Exam]) -> list[list[Exam]]:

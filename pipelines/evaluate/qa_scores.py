@@ -36,8 +36,16 @@ class Score:
     """Its upper end."""
     recall: float
     """Share of answers with the right words in them."""
+    recall_low: float
+    """Lower end of its interval."""
+    recall_high: float
+    """Its upper end."""
     rouge_l: float
     """Mean of ROUGE-L."""
+    rouge_l_low: float
+    """Lower end of its interval."""
+    rouge_l_high: float
+    """Its upper end."""
     seconds_per_document: float | None
     """Median; None where it was not taken."""
     seconds_per_answer: float | None
@@ -98,18 +106,16 @@ def _values(asked: Sequence[Answers], trials: Sequence[Trial]) -> dict[str, np.n
 
 def _score(group: str, row: str, asked: Sequence[Answers], values: dict[str, np.ndarray], sizes: np.ndarray) -> Score:
     means = {name: float(value.sum() / sizes.sum()) for name, value in values.items()}
-    f1_low, f1_high = share(values["f1"], sizes)
-    exact_low, exact_high = share(values["exact_match"], sizes)
+    ends: dict[str, float] = {}
+    for name, value in values.items():
+        ends[f"{name}_low"], ends[f"{name}_high"] = share(value, sizes)
     return Score(
         group=group,
         name=row,
         n=int(sizes.sum()),
-        f1_low=f1_low,
-        f1_high=f1_high,
-        exact_match_low=exact_low,
-        exact_match_high=exact_high,
         seconds_per_document=median(a.seconds_per_document for a in asked),
         seconds_per_answer=median(a.seconds_per_answer for a in asked),
         extra_bytes=round(statistics.median(a.extra_bytes for a in asked)),
         **means,
+        **ends,
     )

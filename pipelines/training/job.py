@@ -9,7 +9,7 @@ same MLflow run, with as many workers as it is given.
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ class TrainConfig:
     """Only print parameters, memory and time, estimated without any weights."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is recorded."""
+
+    def __post_init__(self) -> None:
+        made, addressing = self.recipe.hypernetwork, self.recipe.loss.addressing
+        if made.reading_modules and not addressing and not self.init_from:
+            raise UserError("reading_modules learn by addressing alone: set recipe.loss.addressing, or leave them out")
 
 
 def needle_run() -> TrainConfig:
@@ -196,7 +201,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _with_config_of(init_from: str, recipe: Recipe) -> Recipe:
     with fetched(init_from) as folder:
         values = read_config(folder)["hypernetwork"]
-    return replace(recipe, hypernetwork=from_dict(HypernetworkConfig, values, f"{init_from}: hypernetwork"))
+    made = from_dict(HypernetworkConfig, values, f"{init_from}: hypernetwork")
+    if other := [f.name for f in fields(made) if getattr(made, f.name) != getattr(recipe.hypernetwork, f.name)]:
+        print(f"the hypernetwork stays as it is in {init_from}, not as in the recipe: {', '.join(other)}")
+    return replace(recipe, hypernetwork=made)
 
 
 def _anywhere(recipe: Recipe) -> Recipe:

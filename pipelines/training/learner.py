@@ -50,10 +50,7 @@ class MetaLearner(nn.Module):
                 f"loss.addressing is for layers from {_ADDRESSED:.0%} of the base model's on, "
                 f"and the hypernetwork adapts only {', '.join(map(str, hypernetwork.layers))}"
             )
-        reading = hypernetwork.reading_parameters()
-        if reading and not loss.addressing and not any(b.any() for b in reading[1::2]):  # of A, B, A, B ...
-            raise UserError("reading_modules learn by addressing alone: set recipe.loss.addressing, or leave them out")
-        for parameter in reading:
+        for parameter in hypernetwork.reading_parameters():
             parameter.requires_grad_(loss.addressing > 0)
         self.hypernetwork = hypernetwork
         self._base = [base]  # a list hides the frozen model from nn.Module

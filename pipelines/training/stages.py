@@ -3,6 +3,7 @@
 A window has documents of each task, in proportion to the tasks' shares. Which ones follows from the window's number.
 """
 
+import logging
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceCo
 
 WINDOW_BATCHES = 8
 """Batches that a window has, about: the look-ahead that keeps padding low."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,17 @@ def dev_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         if isinstance(task, QuestionsTask):
             task = replace(task, targets="answers")
         source = open_task(task, config, f"{recipe.seed}/dev", recipe.data)
-        if source is None or not recipe.dev_documents:
+        if not recipe.dev_documents:
             continue
-        documents, _ = source.documents(tokenizer, 0, 1, 0, recipe.dev_documents)
+        if source is None:
+            logger.warning("%s: no split dev in its training set; no evaluation of it in the course of training", task)
+            continue
+        documents, skipped = source.documents(tokenizer, 0, 1, 0, recipe.dev_documents)
         budgets = (max(getattr(s, name) for s in recipe.stages) for name in ("batch_tokens", "question_tokens"))
-        batches = [PackedBatch(source.name, True, part) for part in pack(documents, *budgets, Counter())]
+        batches = [PackedBatch(source.name, True, part) for part in pack(documents, *budgets, skipped)]
+        if skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            logger.warning("%s: not evaluated in the course of training: %s", source.name, reasons)
         name = f"needle_{task.max_tokens}" if isinstance(task, NeedleTask) else source.name
         if batches:
             found[name if name not in found else f"{name}_{len(found)}"] = batches

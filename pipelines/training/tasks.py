@@ -255,7 +255,7 @@ class _Facts(_Made):
         self.task = task
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
-        return _mean_tokens(self.documents(tokenizer, 0, 1, 0, _MEASURED)[0])
+        return _tokens(self.documents(tokenizer, 0, 1, 0, _MEASURED)[0]) / _MEASURED
 
     def _sample(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Sample:
         facts = round(_log_uniform(rng, self.task.min_facts, self.task.max_facts))
@@ -270,11 +270,12 @@ class _Rows(Source):
         self.rows = rows
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
-        documents, skipped = self.documents(tokenizer, 0, 1, 0, min(_MEASURED, self.rows.count))
+        rows = min(_MEASURED, self.rows.count)
+        documents, skipped = self.documents(tokenizer, 0, 1, 0, rows)
         if not documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             raise UserError(f"{self.rows.what}: of its first {_MEASURED} documents none can be used ({reasons})")
-        return _mean_tokens(documents)
+        return _tokens(documents) / rows
 
     def documents(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, shards: int, start: int, stop: int
@@ -423,8 +424,8 @@ def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> 
     return _Questions(task, rows, config, seed)
 
 
-def _mean_tokens(documents: list[Document]) -> float:
-    return sum(len(chunk) for document in documents for chunk in document.chunks) / len(documents)
+def _tokens(documents: list[Document]) -> int:
+    return sum(len(chunk) for document in documents for chunk in document.chunks)
 
 
 def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

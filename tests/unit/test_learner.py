@@ -16,10 +16,12 @@ from transformers import (
 
 from d2l.chunking import Affixes, ChunkingConfig
 from d2l.errors import UserError
+from pipelines import recipes
 from pipelines.recipes import LossConfig
 from pipelines.teacher import TOP, Targets
 from pipelines.training.batches import PackedBatch, collate, unrelated
 from pipelines.training.evaluation import answer_samples, evaluate
+from pipelines.training.job import TrainConfig
 from pipelines.training.learner import MetaLearner
 from pipelines.training.tasks import FactsTask, NeedleTask, SourceConfig, open_task
 from tests.conftest import load_tiny, tiny_hypernetwork
@@ -190,9 +192,8 @@ def test_addressing_is_for_rows_that_are_regressed(tiny_llama):
 
 
 def test_reading_modules_that_cannot_learn_are_refused(tiny_llama):
-    hypernetwork = tiny_hypernetwork(tiny_llama, reading_modules=("q_proj",), trained=False)
     with pytest.raises(UserError, match=r"learn by addressing alone: set recipe\.loss\.addressing"):
-        MetaLearner(tiny_llama, hypernetwork, LossConfig())
+        TrainConfig(dataclasses.replace(recipes.qa(), loss=LossConfig()))
     early = tiny_hypernetwork(tiny_llama, layers=(0, 1))
     with pytest.raises(
         UserError, match="layers from 40% of the base model's on, and the hypernetwork adapts only 0, 1"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from d2l.chunking import Affixes, ChunkingConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig
+from pipelines import recipes
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.teacher import TOP
 from pipelines.training.batches import PackedBatch, collate, pack
@@ -271,12 +272,18 @@ def test_answers_are_found_in_their_documents(tokenizer):
     assert (owners[tokens] == np.arange(10).repeat(batch.chunks_per_document)[rows]).all()
 
 
+def recipe_of_needles(max_tokens, batch_tokens):
+    stage = Stage(1, (Share(NeedleTask(40, max_tokens)),), batch_tokens=batch_tokens)
+    return dataclasses.replace(recipes.needle(), stages=(stage,))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: NeedleTask(50, 40), "min_tokens <= max_tokens"),
         (lambda: FactsTask(3, 2), "min_facts <= max_facts"),
-        (lambda: Stage(1, (Share(NeedleTask(40, 500)),), batch_tokens=400), "do not fit batch_tokens 400"),
+        (lambda: recipe_of_needles(500, batch_tokens=400), "documents of 500 tokens.* do not fit batch_tokens 400"),
+        (lambda: recipe_of_needles(400, batch_tokens=400), "400 tokens, 424 with overlaps of chunks"),
         (lambda: Share(NeedleTask(), unrelated=0.1), "asks every document the same"),
         (lambda: Share(FactsTask(), unrelated=1.0), "below 1, got 1.0"),
         (lambda: Stage(1, ()), "tasks with weights above 0"),
