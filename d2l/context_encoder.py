@@ -116,7 +116,8 @@ class ContextEncoder:
             stack.enter_context(self.base.lock)  # hooks on modules that others may be running, too
             if reader:
                 stack.enter_context(inject(self.base, *reader))
-            taken = partial(_second, batch) if self.twice else _itself
+            places_NT = batch.mask.sum(1, keepdim=True) + torch.arange(batch.ids.shape[1], device=batch.ids.device)
+            taken = partial(_second, places_NT) if self.twice else _itself
             if self.kind != "early_exit":
                 stack.enter_context(recording(self.read_layers, streams, taken))
             if self.kind == "activations":
@@ -125,7 +126,7 @@ class ContextEncoder:
                 stack.enter_context(recording(modules, inputs[name], taken))
             learns = reader is not None and any(t.requires_grad for pair in reader.factors.values() for t in pair)
             stack.enter_context(torch.set_grad_enabled(learns and torch.is_grad_enabled()))
-            ids = _doubled(batch) if self.twice else batch.ids
+            ids = _doubled(batch.ids, places_NT) if self.twice else batch.ids
             final = taken(self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
         return Features(
             final,
@@ -145,19 +146,14 @@ class ContextEncoder:
         return batch.content | pad(batch.content[:, 1:], (0, 1)) if self.twice else batch.content
 
 
-def _doubled(batch: ChunkBatch) -> Tensor:
-    """Each chunk and its affixes two times, [chunks, 2 * tokens], padded on the right."""
-    return torch.cat([batch.ids, batch.ids], 1).scatter(1, _places(batch), batch.ids)
+def _doubled(ids_NT: Tensor, places_NT: Tensor) -> Tensor:
+    """Each chunk and its affixes two times, [chunks, 2 * tokens], the second one at its places, padded on the right."""
+    return torch.cat([ids_NT, ids_NT], 1).scatter(1, places_NT, ids_NT)
 
 
-def _second(batch: ChunkBatch, x_N2Td: Tensor) -> Tensor:
+def _second(places_NT: Tensor, x_N2Td: Tensor) -> Tensor:
     """What belongs to each chunk's second time, [chunks, tokens, d]."""
-    return x_N2Td.gather(1, _places(batch).unsqueeze(-1).expand(-1, -1, x_N2Td.shape[-1]))
-
-
-def _places(batch: ChunkBatch) -> Tensor:
-    """Where each chunk's second time stands, [chunks, tokens]."""
-    return batch.mask.sum(1, keepdim=True) + torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return x_N2Td.gather(1, places_NT.unsqueeze(-1).expand(-1, -1, x_N2Td.shape[-1]))
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The outer-product generator: each token of a chunk, and the one before it, writes one row into each target module.
+"""The outer-product generator: each token of a chunk writes one row into each target module.
 
-The base model's own activations address its memory. For target module m of layer l and token t of the chunk,
+The base model's own activations address its memory. For target module m of layer l and token t of the chunk (where
+chunks are read twice, also the token before them),
 
     key_t   = unit(c_t * diag + up(down(c_t))),          c_t = m's input at t minus its mean over the chunk
     value_t = W2 silu(W1 z_t) + copy * h0_t+1,           z_t = [h_t, h_t+1, final_t]
