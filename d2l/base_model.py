@@ -10,6 +10,7 @@ and their like): layers and target modules are found by structure and name, neve
 import hashlib
 import importlib.util
 import json
+import sys
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +104,11 @@ class BaseModel:
         embeddings = self.model.get_input_embeddings().weight
         assert isinstance(embeddings, Tensor)
         return embeddings.shape[1]
+
+    @property
+    def window(self) -> int:
+        """Tokens that it can see at once; no limit where its configuration names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     @cached_property
     def decoder(self) -> nn.Module:

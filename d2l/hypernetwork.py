@@ -67,11 +67,10 @@ class Hypernetwork(nn.Module):
         self._encoder = [
             ContextEncoder(base, config.encoder, config.target_modules, config.layers)
         ]  # a list hides it from nn.Module
-        window = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-        if window and (read := config.chunking.max_chunk_tokens * (1 + config.encoder.read_twice)) > window:
+        if (read := config.chunking.max_chunk_tokens * (1 + config.encoder.read_twice)) > base.window:
             raise UserError(
                 f"chunking.max_chunk_tokens {config.chunking.max_chunk_tokens}: {read} tokens would be read at once, "
-                f"more than the window of {base.name}, {window}; lower it"
+                f"more than the window of {base.name}, {base.window}; lower it"
             )
         module = generators.load(config.generator)
         if config.encoder.kind not in module.Generator.encoder_kinds:

@@ -53,7 +53,7 @@ def ask(config: AskConfig) -> dict[str, Any]:
     if config.save:
         adapter.save(config.save)
     in_prompt = f"{text}\n\n{config.question}"
-    window = model.base.model.config.max_position_embeddings
+    window = model.base.window
     prompt_tokens = len(model.base.prompt_ids([{"role": "user", "content": in_prompt}]))
     answers = [
         {"with": "no document"} | _answer(model, config.question, None, config) | {"bytes": 0},

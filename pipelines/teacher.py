@@ -98,8 +98,8 @@ class Teacher:
         self.processes = processes
         self.base = base if isinstance(base, BaseModel) else load_base_model(base, device, dtype)
         self.batch_tokens = batch_tokens
-        config = self.base.model.config.get_text_config()
-        self.window: int = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 1 << 62)
+        sliding = getattr(self.base.model.config.get_text_config(), "sliding_window", None)
+        self.window: int = min(self.base.window, sliding or self.base.window)
         """Tokens of a prompt with its answer at most; a sliding window counts, for a tree's mask knows none."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -44,7 +44,7 @@ class InContext:
         self.base = base
         self.adapter = adapter
         self.sampling = sampling
-        self.window = base.model.config.get_text_config().max_position_embeddings
+        self.window = base.window
 
     @torch.no_grad()
     def read(self, document: str, questions: Sequence[str]) -> ReadDocument:

@@ -121,7 +121,7 @@ class Completer:
         """Requests with their completions."""
         cluster.share_cores(self.workers.count)
         found = [Completion(None, False)] * len(requests)
-        window = self.base.model.config.get_text_config().max_position_embeddings - self.sampling.max_new_tokens
+        window = self.base.window - self.sampling.max_new_tokens
         prompts = {}
         for row, prompt in enumerate(requests["prompt"].to_pylist()):
             if prompt is not None:

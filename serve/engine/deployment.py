@@ -6,7 +6,6 @@ Engines know tenants and adapter ids, never names or documents.
 import asyncio
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +157,7 @@ class Engine:
         self._metrics.report()
 
     def _prompt(self, request: EngineRequest) -> list[int]:
-        window = getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        window = self._base.window
         texts = [request.prompt or "", *(message["content"] for message in request.messages or ())]
         least = sum(map(len, texts)) // self._base.longest_token
         if least > window:  # not tokenised: it may be megabytes
