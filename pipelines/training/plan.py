@@ -74,16 +74,15 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
     if rate is None:
         gpu = config.gpus_per_worker > 0 or default_device().type == "cuda"
         rate = _GPU_TFLOPS if gpu else _CPU_TFLOPS
-    largest = max(recipe.stages, key=lambda stage: stage.batch_tokens)
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = _fake_base(recipe.base)
         hypernetwork = Hypernetwork(recipe.hypernetwork, base).train()
         learner = MetaLearner(base, hypernetwork, recipe.loss, recipe.gradient_checkpointing)
-        batch = _fake_batch(recipe, largest)
-        flops, memory = _measured(learner, base, batch, recipe)
-    per_token = flops / largest.batch_tokens
-    operations = sum(s.steps * s.batch_tokens for s in recipe.stages) * recipe.batches_per_step * per_token
-    devices = config.workers
+        stages = [_measured(learner, base, stage, recipe) for stage in recipe.stages]
+    flops = [operations for operations, _ in stages]
+    memory = max((memory for _, memory in stages), key=lambda kinds: kinds["activations"])
+    operations = sum(n * s.steps for n, s in zip(flops, recipe.stages, strict=True)) * recipe.batches_per_step
+    devices, lengths = config.workers, [_document_tokens(recipe, stage) for stage in recipe.stages]
     return {
         "base": recipe.base,
         "parameters_base": sum(p.numel() for p in base.model.parameters()),
@@ -91,16 +90,16 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
         "steps": recipe.steps,
         "document_tokens_per_step": [s.batch_tokens * recipe.batches_per_step for s in recipe.stages],
         "document_tokens": sum(s.steps * s.batch_tokens for s in recipe.stages) * recipe.batches_per_step,
-        "tflop_per_batch": flops / 1e12,
+        "tflop_per_batch": [n / 1e12 for n in flops],
         "memory_gb_per_device": {name: size / 1e9 for name, size in memory.items()},
         "devices": devices,
         "assumed_tflops_per_device": rate,
         "estimated_hours": operations / (rate * 1e12) / devices / 3600,
         "assumptions": (
-            f"batches full; {len(batch.questions)} documents of {_document_tokens(recipe, largest)} tokens, each with "
-            f"{_QUESTIONS} questions of {_PROMPT_TOKENS} tokens, {_STEM_TOKENS} of them the same (and the document if "
-            f"it is in the prompt), and answers of {_ANSWER_TOKENS}; no teacher, no addressing; memory is "
-            f"the peak of a step with batch_tokens {largest.batch_tokens}, without the allocator's fragments"
+            f"batches full; documents of {', '.join(map(str, lengths))} tokens by stage, each with {_QUESTIONS} "
+            f"questions of {_PROMPT_TOKENS} tokens, {_STEM_TOKENS} of them the same (and the document if it is in the "
+            f"prompt), and answers of {_ANSWER_TOKENS}; no teacher, no addressing; memory is the highest peak of "
+            "all stages' steps, without the allocator's fragments"
         ),
     }
 
@@ -144,10 +143,9 @@ def _fake_batch(recipe: Recipe, stage: Stage) -> TrainingBatch:
     return collate(PackedBatch("plan", True, documents), Affixes((0,) * _AFFIX_TOKENS, ()), 0)
 
 
-def _measured(
-    learner: MetaLearner, base: BaseModel, batch: TrainingBatch, recipe: Recipe
-) -> tuple[int, dict[str, int]]:
+def _measured(learner: MetaLearner, base: BaseModel, stage: Stage, recipe: Recipe) -> tuple[float, dict[str, int]]:
     """Operations of one batch, and bytes by kind; `activations` is the peak of what forward and backward allocate."""
+    batch = _fake_batch(recipe, stage)
     optimizer = new_optimizer(learner.hypernetwork, recipe.optimizer)
     for parameter in learner.hypernetwork.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -157,7 +155,9 @@ def _measured(
         loss.backward()
     trained = sum(parameter.nbytes for parameter in learner.hypernetwork.parameters())
     state = [tensor.nbytes for values in optimizer.state.values() for tensor in values.values()]
-    return counter.get_total_flops(), {
+    # What the fake documents leave of the budget, real ones of other lengths fill.
+    filled = len(batch.questions) * _document_tokens(recipe, stage) / stage.batch_tokens
+    return counter.get_total_flops() / filled, {
         "base": sum(parameter.nbytes for parameter in base.model.parameters()),
         "hypernetwork": trained,
         "gradients": trained,

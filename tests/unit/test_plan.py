@@ -45,7 +45,21 @@ def test_every_recipe_can_be_planned(make, shallow):
     assert memory["optimizer"] == pytest.approx(2 * memory["hypernetwork"], rel=0.01, abs=0.001)
     # Answers alone: two passes over the base model's matrices, and one over its activations' gradients.
     least = 4 * report["parameters_base"] * 3 * 64 / 1e12
-    assert report["tflop_per_batch"] > min(least, 0.01)
+    (operations,) = report["tflop_per_batch"]
+    assert operations > min(least, 0.01)
+
+
+def test_time_is_all_stages_and_memory_the_largest_ones(shallow):
+    def planned(*stages: recipes.Stage) -> tuple[float, float]:
+        recipe = dataclasses.replace(recipes.needle(), stages=stages)
+        report = train(TrainConfig(recipe, dry_run=True))
+        return report["estimated_hours"], report["memory_gb_per_device"]["activations"]
+
+    _, short, long = (dataclasses.replace(stage, batch_tokens=4096) for stage in recipes.needle().stages)
+    alone = [planned(short), planned(long)]
+    hours, memory = planned(short, long)
+    assert hours == pytest.approx(sum(hours for hours, _ in alone))
+    assert memory == pytest.approx(max(memory for _, memory in alone))
 
 
 @pytest.mark.parametrize(
