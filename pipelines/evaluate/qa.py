@@ -41,6 +41,7 @@ from pipelines.evaluate.qa_examiner import Examiner
 from pipelines.evaluate.qa_scores import scores
 from pipelines.evaluate.qa_trial import Setting, Trial
 from pipelines.progress import Progress
+from pipelines.prose import load_prose
 
 _ROWS = (
     "no_document",
@@ -92,6 +93,8 @@ class EvaluateQaConfig(ExaminerConfig):
     """Questions at most."""
     per_document: int = 4
     """Questions about one document at most."""
+    join: str = "context"
+    """All contexts of one value in this column are one document, in their order: by `title`, SQuAD's are articles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,10 @@ class EvaluateFactsConfig(ExaminerConfig):
     """Facts in a document, all of them asked for."""
     documents: tuple[int, ...] = (200, 50, 20, 10)
     """Documents of each number of facts."""
+    words: tuple[int, ...] = (0,)
+    """The same facts alone (0), and within so many words of prose."""
+    prose: str | None = None
+    """Where that is from: Parquet file with a column `text`, or a text file; its held-out texts are used."""
 
 
 def evaluate_qa(config: EvaluateQaConfig) -> dict[str, Any]:
@@ -116,7 +123,9 @@ def evaluate_qa(config: EvaluateQaConfig) -> dict[str, Any]:
     """
     if config.samples < 2 or config.per_document < 1:
         raise UserError("--samples must be at least 2, --per-document at least 1")
-    exams = qa_data.from_parquet(config.data, config.split, config.samples, config.per_document, config.seed)
+    exams = qa_data.from_parquet(
+        config.data, config.split, config.samples, config.per_document, config.seed, config.join
+    )
     return _evaluate("qa", config, exams)
 
 
@@ -124,7 +133,13 @@ def evaluate_facts(config: EvaluateFactsConfig) -> dict[str, Any]:
     """As `evaluate_qa`, of generated facts."""
     if len(config.facts) != len(config.documents) or min(config.documents, default=0) < 2:
         raise UserError("--documents needs a number of at least 2 for each of --facts")
-    return _evaluate("facts", config, qa_data.from_facts(config.facts, config.documents, config.seed))
+    if not config.words or len(set(config.words)) < len(config.words) or min(config.words) < 0:
+        raise UserError("--words needs numbers of at least 0, each once")
+    if any(config.words) and not config.prose:
+        raise UserError("--words above 0 needs --prose FILE, the texts to put the facts into")
+    prose = load_prose(config.prose, held_out=True) if config.prose else []
+    exams = qa_data.from_facts(config.facts, config.documents, config.seed, config.words, prose)
+    return _evaluate("facts", config, exams)
 
 
 def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pyarrow.compute as pc
@@ -32,7 +34,9 @@ class Exam:
     """All right answers of each question."""
 
 
-def from_parquet(path: str, split: str | None, questions: int, per_document: int, seed: int) -> list[Exam]:
+def from_parquet(
+    path: str, split: str | None, questions: int, per_document: int, seed: int, join: str = "context"
+) -> list[Exam]:
     """Documents of a file with the columns `context`, `question`, `answers` (a list), and `split` if one is asked for.
 
     Args:
@@ -41,6 +45,8 @@ def from_parquet(path: str, split: str | None, questions: int, per_document: int
         questions: how many in all, at most; those without a right answer are left out.
         per_document: how many of a document, at most.
         seed: chooses documents and questions; fewer questions are the first of more.
+        join: rows with one value in this column are about one document: all their contexts, in their order. Rows
+            without one are left out.
 
     Raises:
         UserError: no such file, columns or split, or too few documents.
@@ -49,7 +55,7 @@ def from_parquet(path: str, split: str | None, questions: int, per_document: int
     if not filesystem.exists(inner):
         raise UserError(f"{path}: no such file")
     names = pq.read_schema(inner, filesystem=filesystem).names
-    wanted = [*_COLUMNS, *(["split"] if split else [])]
+    wanted = list(dict.fromkeys([*_COLUMNS, *(["split"] if split else []), join]))
     if missing := [name for name in wanted if name not in names]:
         raise UserError(
             f"{path}: no column {missing[0]!r}; it has {', '.join(names)}, and {', '.join(wanted)} are needed"
@@ -60,19 +66,21 @@ def from_parquet(path: str, split: str | None, questions: int, per_document: int
         if split not in splits:
             raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, splits))}")
         table = table.filter(pc.equal(table["split"], split))
+    contexts: dict[str, dict[str, None]] = defaultdict(dict)  # of each document, each once
     documents: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
     for row in table.to_pylist():
         answers = _right_answers(row["answers"], path)
-        if row["context"] and row["question"] and answers:
-            documents[row["context"]].append((row["question"], answers))
+        if row["context"] and row["question"] and row[join] and answers:
+            contexts[row[join]][row["context"]] = None
+            documents[row[join]].append((row["question"], answers))
     rng = random.Random(seed)
     exams: list[Exam] = []
     left = questions
-    for number, context in enumerate(rng.sample(list(documents), len(documents))):
-        asked = documents[context]
+    for number, document in enumerate(rng.sample(list(documents), len(documents))):
+        asked = documents[document]
         asked = rng.sample(asked, min(len(asked), per_document))[:left]
         if asked:
-            exams.append(_exam(split or "all", number, context, *zip(*asked, strict=True)))
+            exams.append(_exam(split or "all", number, "\n\n".join(contexts[document]), *zip(*asked, strict=True)))
             left -= len(asked)
     if len(exams) < 2:
         raise UserError(
@@ -81,15 +89,45 @@ def from_parquet(path: str, split: str | None, questions: int, per_document: int
     return exams
 
 
-def from_facts(counts: tuple[int, ...], documents: tuple[int, ...], seed: int) -> list[Exam]:
-    """Held-out documents of generated facts, a group for each count."""
+def from_facts(
+    counts: Sequence[int], documents: Sequence[int], seed: int, words: Sequence[int] = (0,), prose: Sequence[str] = ()
+) -> list[Exam]:
+    """Held-out documents of generated facts, a group for each count and each length.
+
+    Args:
+        counts: facts in a document.
+        documents: how many documents of each count.
+        seed: makes them; the same facts whatever the length.
+        words: of prose around the facts.
+        prose: where it is taken from.
+    """
     exams = []
-    for facts, many in zip(counts, documents, strict=True):
-        for number in range(many):
-            sample = make_facts(FactsConfig(facts, held_out=True), seed + facts * 1_000_003 + number)
-            group = f"{facts} fact{'s' if facts > 1 else ''}"
-            exams.append(Exam(group, number, sample, tuple((answer,) for answer in sample.answers)))
+    for around in words:
+        for facts, many in zip(counts, documents, strict=True):
+            group = f"{facts} fact{'s' if facts > 1 else ''}{f' in {around:,} words' if around else ''}"
+            for number in range(many):
+                own = seed + facts * 1_000_003 + number
+                sample = make_facts(FactsConfig(facts, held_out=True), own)
+                if around:
+                    sample = replace(sample, document=_within(sample.document, around, prose, random.Random(own)))
+                exams.append(Exam(group, number, sample, tuple((answer,) for answer in sample.answers)))
     return exams
+
+
+def _within(document: str, words: int, prose: Sequence[str], rng: random.Random) -> str:
+    """The document's paragraphs, in their order, at any places of so many words of prose."""
+    passage: list[str] = []
+    while len(passage) < words:
+        text = rng.choice(prose).split()
+        passage += text[rng.randrange(max(1, len(text) - words)) :]
+    paragraphs = document.split("\n\n")
+    ends = [end for end in range(1, words) if passage[end - 1].endswith((".", "!", "?"))] or [words]
+    cuts = [0, *sorted(rng.choice(ends) for _ in paragraphs), words]
+    around = [" ".join(passage[start:end]) for start, end in pairwise(cuts)]
+    parts = [around[0]]
+    for paragraph, text in zip(paragraphs, around[1:], strict=True):
+        parts += [paragraph, text]
+    return "\n\n".join(filter(None, parts))
 
 
 def digest(exams: list[Exam]) -> str:

@@ -79,6 +79,37 @@ def test_rows_become_documents_with_all_right_answers(tmp_path) -> None:
     )
 
 
+def test_contexts_with_one_value_in_a_column_are_one_document(tmp_path) -> None:
+    rows = [
+        {"context": f"Paragraph {i // 2}.", "question": f"{i}?", "answers": ["a"], "title": f"Article {i // 6}"}
+        for i in range(12)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    exams = qa_data.from_parquet(str(tmp_path / "a.parquet"), None, 100, 6, 0, join="title")
+    documents = ["\n\n".join(f"Paragraph {i}." for i in range(first, first + 3)) for first in (0, 3)]
+    assert sorted(exam.sample.document for exam in exams) == documents
+    assert [len(exam.sample.questions) for exam in exams] == [6, 6]
+    with pytest.raises(UserError, match="no column 'chapter'"):
+        qa_data.from_parquet(str(tmp_path / "a.parquet"), None, 100, 6, 0, join="chapter")
+
+
+def test_facts_within_prose_are_the_facts_alone_and_so_many_words() -> None:
+    prose = ["The sea was calm. Nobody spoke of it! Was it late? " * 30, "Gulls cried over the pier. " * 200]
+    exams = qa_data.from_facts((1, 8), (3, 2), 5, (0, 200), prose)
+    assert [exam.group for exam in exams] == [
+        *["1 fact"] * 3,
+        *["8 facts"] * 2,
+        *["1 fact in 200 words"] * 3,
+        *["8 facts in 200 words"] * 2,
+    ]
+    for alone, within in zip(exams[:5], exams[5:], strict=True):
+        assert alone.sample.questions == within.sample.questions
+        assert len(within.sample.document.split()) == len(alone.sample.document.split()) + 200
+        paragraphs = within.sample.document.split("\n\n")
+        assert [p for p in paragraphs if p in alone.sample.document] == alone.sample.document.split("\n\n")
+    assert exams == qa_data.from_facts((1, 8), (3, 2), 5, (0, 200), prose)
+
+
 @pytest.mark.parametrize(
     ("split", "rows", "message"),
     [("test", 12, "no split 'test'; it has train, dev"), ("train", 12, "1 documents with answered questions")],
