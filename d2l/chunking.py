@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from d2l.base_model import chat_text
+from d2l.chat import Affixes
 from d2l.errors import UserError
-
-_SENTINEL = "\u2063document\u2063"
 
 
 @dataclass(frozen=True)
@@ -51,29 +49,6 @@ class ChunkBatch:
     def to(self, device: torch.device) -> "ChunkBatch":
         """The same batch on another device."""
         return ChunkBatch(self.ids.to(device), self.content.to(device), self.mask.to(device))
-
-
-@dataclass(frozen=True)
-class Affixes:
-    """The chat template's tokens before and after a document."""
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of both."""
-        return len(self.prefix) + len(self.suffix)
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Affixes":
-        """Render a user turn with a placeholder and take what stands around it; empty without a chat template."""
-        if not tokenizer.chat_template:
-            return cls((), ())
-        turn = [{"role": "user", "content": _SENTINEL}]
-        before, after = chat_text(tokenizer, turn).split(_SENTINEL)
-        ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
-        return cls(*ids)
 
 
 def check_text(text: str, what: str = "document") -> str:

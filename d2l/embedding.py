@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from d2l.chunking import Affixes, ChunkingConfig, batch_chunks, split_evenly
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig, batch_chunks, split_evenly
 from d2l.errors import UserError
 from d2l.model_files import locate, weights_digest
 from d2l.precision import float32_products

@@ -3,9 +3,10 @@
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, TextIteratorStreamer
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
@@ -41,6 +42,7 @@ def generate(
     sampling: SamplingConfig | None = None,
     streamer: TextIteratorStreamer | None = None,
     cache: Cache | None = None,
+    ended: threading.Event | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -51,6 +53,7 @@ def generate(
         sampling: greedy, 128 tokens by default.
         streamer: gets the tokens as they come (one prompt only).
         cache: keys and values of the prompt's first tokens, which are then not run again; it grows (one prompt only).
+        ended: once it is set, no more tokens are generated.
 
     Returns:
         The new token ids of each prompt, without the one that ended the answer.
@@ -79,6 +82,7 @@ def generate(
             generation_config=choice,
             streamer=streamer,
             cache=cache,
+            stopping_criteria=StoppingCriteriaList([_Ended(ended)] if ended else []),
         )
     return [_until_stop(row, base.stop_ids) for row in output[:, width:].tolist()]
 
@@ -89,20 +93,32 @@ def stream(
     """Pieces of the answer's text as they are generated (in a thread of their own)."""
     streamer = TextIteratorStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    ended = threading.Event()
 
     def work() -> None:
         try:
-            generate(base, [prompt], [adapter], sampling, streamer)
+            generate(base, [prompt], [adapter], sampling, streamer, ended=ended)
         except BaseException as error:  # handed to the reader, who would wait for ever otherwise
             failure.append(error)
             streamer.end()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:  # who reads no further frees the model for others
+        ended.set()
+        thread.join()
     if failure:
         raise failure[0]
+
+
+class _Ended(StoppingCriteria):
+    def __init__(self, ended: threading.Event):
+        self.ended = ended
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self.ended.is_set(), device=input_ids.device)
 
 
 def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:

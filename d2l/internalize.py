@@ -14,7 +14,7 @@ import torch
 
 from d2l.adapter import Adapter, Provenance, check_rank
 from d2l.base_model import BaseModel
-from d2l.chunking import Affixes, batch_chunks, document_ids, split_evenly
+from d2l.chunking import batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.factors import LowRank, concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
@@ -71,7 +71,7 @@ class Internalizer:
         self.hypernetwork = hypernetwork
         self.config = config or InternalizeConfig()
         check_rank(self.config.max_rank, hypernetwork.config.bias_rank)
-        self._affixes = Affixes.of(base.tokenizer)
+        self._affixes = base.affixes
         self._paths = {
             name: tuple(base.target_paths(name)[layer] for layer in hypernetwork.layers)
             for name in (*hypernetwork.config.target_modules, *hypernetwork.config.reading_modules)

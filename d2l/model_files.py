@@ -39,9 +39,15 @@ def cache_folder() -> Path:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Digest of a folder's weight files, 16 hex digits."""
-    files = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    """Digest of a folder's weight files, 16 hex digits.
+
+    Raises:
+        UserError: it has none; pickled weights do not count.
+    """
+    files, paths = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: has no *.safetensors; save the model with `save_pretrained`")
+    for path in paths:
         with path.open("rb") as stream:
             files.update(hashlib.file_digest(stream, "sha256").digest())
     return files.hexdigest()[:16]
@@ -54,8 +60,12 @@ def appearing(target: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         yield partial
-        if not target.exists():
+        partial.chmod(0o755)
+        try:
             partial.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -92,7 +92,8 @@ def _html(data: bytes) -> str:
     page = BeautifulSoup(data, "lxml")
     for tag in page(["script", "style", "template", "noscript", "svg"]):
         tag.decompose()
-    return MarkdownConverter(heading_style="ATX", strip=["a", "img"]).convert_soup(page)
+    options = {"heading_style": "ATX", "strip": ["a", "img"], "escape_asterisks": False, "escape_underscores": False}
+    return MarkdownConverter(**options).convert_soup(page)
 
 
 def _pdf(data: bytes) -> str:
@@ -118,7 +119,9 @@ def _docx(data: bytes) -> str:
 
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         _check_expansion(archive)
-    return "\n\n".join(_blocks(docx.Document(io.BytesIO(data))))
+    document = docx.Document(io.BytesIO(data))
+    _unwrap(document.element.body)
+    return "\n\n".join(_blocks(document))
 
 
 def _check_expansion(archive: zipfile.ZipFile) -> None:
@@ -144,12 +147,24 @@ def _check_expansion(archive: zipfile.ZipFile) -> None:
             raise Unreadable(f"{member.filename[:100]!r} unpacks to more than it declares: a zip bomb?")
 
 
-def _blocks(document: Any) -> Iterator[str]:
+def _unwrap(body: Any) -> None:
+    """Put what forms' fields and insertions under review hold in their place, for python-docx passes these over."""
+    from docx.oxml.ns import qn
+
+    for element in list(body.iter(qn("w:sdt"), qn("w:ins"), qn("w:moveTo"))):
+        content = element.find(qn("w:sdtContent")) if element.tag == qn("w:sdt") else element
+        parent = element.getparent()
+        place = parent.index(element)
+        parent[place : place + 1] = [] if content is None else list(content)
+
+
+def _blocks(container: Any) -> Iterator[str]:
+    """Paragraphs and tables of a document or of a table's cell."""
     from docx.table import Table
 
-    for block in document.iter_inner_content():
+    for block in container.iter_inner_content():
         if isinstance(block, Table):
-            yield "\n".join(" | ".join(cell.text.strip() for cell in row.cells) for row in block.rows)
+            yield "\n".join(" | ".join("\n".join(_blocks(cell)) for cell in row.cells) for row in block.rows)
         elif block.text.strip():
             style = block.style.name if block.style else ""
             level = re.fullmatch(r"Heading (\d)", style or "")

@@ -8,6 +8,7 @@ through here; of the usual AWS variables only the endpoint and the region need t
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from d2l.errors import StorageError, UserError
 
 _LARGEST_PUT = 5 << 30
 """Bytes that S3 takes in one request."""
+_CONFLICTS = 5
+"""Times that a put is tried while others of its key are under way."""
 
 
 def absolute(name: str, known: Collection[str] = ()) -> str:
@@ -225,13 +228,18 @@ def _endpoint() -> str | None:
 def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     # All S3 servers heed the condition of a put, but some not that of an upload in parts, s3fs's way from 100 MiB on.
     whole = {"chunksize": _LARGEST_PUT} if "s3" in filesystem.protocol else {}
-    try:
-        filesystem.pipe_file(path, data, mode="create", **whole)
-    except OSError as error:
-        # s3fs takes this for a file that exists only where the answer names the condition that failed: Ceph's does not.
-        if _s3_code(error) == "PreconditionFailed":
-            raise FileExistsError(path) from error
-        raise
+    for attempt in range(1, _CONFLICTS + 1):
+        try:
+            return filesystem.pipe_file(path, data, mode="create", **whole)
+        except OSError as error:
+            # s3fs takes this for a file that exists only where the answer names the condition that failed: Ceph's
+            # does not.
+            if _s3_code(error) == "PreconditionFailed":
+                raise FileExistsError(path) from error
+            # Another put of the same key was under way: S3 wants this one again.
+            if _s3_code(error) != "ConditionalRequestConflict" or attempt == _CONFLICTS:
+                raise
+            time.sleep(0.1 * attempt)
 
 
 def _s3_code(error: Exception) -> str:

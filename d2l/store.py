@@ -1,6 +1,7 @@
 """The adapter store: immutable PEFT folders at `{root}/adapters/{tenant}/{adapter_id}/`.
 
-The same work gives the same place: an adapter's id is a digest of everything that decides its bytes, up to rounding.
+The same work gives the same place: an adapter's id is a digest of everything that decides its bytes, up to rounding and
+to the base model's weights, which the hypernetwork stands for (on others it works with a warning).
 Every file is written once and by its first writer; later ones, be they a restarted job or a second one at the same
 time, keep what they find. The commit mark comes last, so a folder that has it is whole and its adapter never changes
 again. Who puts an adapter that is there already leaves a claim beside it, by which a vacuum sees that it is wanted.

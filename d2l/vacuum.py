@@ -111,8 +111,9 @@ def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:
     for ever, one that has the table's old files in its snapshot, a running job say, would fail, and the table's log
     names the document all the same.
 
-    Stop jobs that convert the document first: they would bring it back. A server refuses the document after its next
-    look at the catalogue, and holds the adapter in memory until others displace it.
+    Stop jobs that convert it, or others with the same text, first: they would bring it back, or miss its adapter. A
+    server refuses the document after its next look at the catalogue, and holds the adapter in memory until others
+    displace it.
 
     Returns:
         What was removed, and how many adapters were kept for other documents with the same text.

@@ -36,7 +36,7 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     uri: str = DEFAULT_URI
-    """MLflow tracking URI."""
+    """MLflow tracking URI. It may name a user and a password: it is neither recorded nor printed with them."""
     experiment: str = "doc-to-lora"
     """MLflow experiment."""
     run_id: str = ""
@@ -66,12 +66,12 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
         experiment = mlflow.set_experiment(config.experiment)
         run = client.create_run(experiment.experiment_id, run_name=name, tags=tags)
         for key, value in _flat(to_dict(parameters)).items():
-            client.log_param(run.info.run_id, key, str(value)[:500])
+            if not key.startswith("tracking."):
+                client.log_param(run.info.run_id, key, str(value)[:500])
     except Exception as error:  # of MLflow, of its HTTP client, or of the database, by the kind of URI
         reason = one_line(error)[:300]
-        raise UserError(
-            f"MLflow at {config.uri} cannot be used ({reason}); start it, or give --tracking.uri"
-        ) from error
+        message = f"MLflow at {config.uri} cannot be used ({reason}); start it, or give --tracking.uri"
+        raise UserError(re.sub(r"//[^/@\s]*@", "//", message)) from None
     return replace(config, run_id=run.info.run_id)
 
 
@@ -81,7 +81,7 @@ def _is_there(client: MlflowClient, run_id: str) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        logging.warning("MLflow at %s has no run %s: the record goes on in a new one", client.tracking_uri, run_id)
+        logging.warning("MLflow has no run %s: the record goes on in a new one", run_id)
         return False
     return True
 

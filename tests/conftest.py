@@ -28,7 +28,8 @@ from transformers import (
 
 from d2l.adapter import Adapter, Provenance
 from d2l.base_model import BaseModel, load_base_model, resolve
-from d2l.chunking import Affixes, ChunkBatch, ChunkingConfig, batch_chunks
+from d2l.chat import Affixes
+from d2l.chunking import ChunkBatch, ChunkingConfig, batch_chunks
 from d2l.context_encoder import EncoderConfig
 from d2l.factors import Factors, LowRank, concat_ranks, rank_of
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig

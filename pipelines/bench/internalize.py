@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from d2l.chunking import Affixes, batch_chunks, split_evenly
+from d2l.chunking import batch_chunks, split_evenly
 from d2l.internalize import Document
 from d2l.model import SHIPPED, DocToLora
 from d2l.tasks.needle import NeedleConfig, make_sample
@@ -40,7 +40,7 @@ def bench_internalize(config: BenchInternalizeConfig) -> dict[str, Any]:
     text = _document(model, config.tokens)
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     chunks = split_evenly(ids, model.hypernetwork.config.chunking)
-    batch = batch_chunks(chunks, Affixes.of(base.tokenizer), base.pad_id).to(base.device)
+    batch = batch_chunks(chunks, base.affixes, base.pad_id).to(base.device)
 
     @torch.no_grad()
     def prefill() -> None:

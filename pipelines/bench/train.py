@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from d2l.base_model import load_base_model, resolve
-from d2l.chunking import Affixes
+from d2l.chat import Affixes
 from d2l.hypernetwork import Hypernetwork
 from pipelines import cluster, recipes
 from pipelines.bench.timing import interleaved
@@ -89,7 +89,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     learner = MetaLearner(base, Hypernetwork(recipe.hypernetwork, base).to(device).train(), recipe.loss)
     optimizer = new_optimizer(learner.hypernetwork, recipe.optimizer)
-    affixes = Affixes.of(base.tokenizer)
+    affixes = base.affixes
 
     def learn(batch: TrainingBatch) -> None:
         loss, _ = learner(batch.to(device))

@@ -70,7 +70,8 @@ class ConversionConfig:
     base: str | None = None
     """Base model; by default the one the hypernetwork names."""
     dtype: str = "auto"
-    """Of compute and adapters: float32, bfloat16, or what the device is fast at."""
+    """Of compute and adapters: float32, bfloat16, or what the device is fast at; of CPUs, the one that starts the job.
+    Adapters of another dtype are other adapters: name it where machines of several kinds convert into one store."""
     workers: int = 1
     """Actors that internalize, at least."""
     max_workers: int | None = None
@@ -98,11 +99,13 @@ class ConversionConfig:
             )
         folder = str(Path(self.hypernetwork).absolute())
         check_rank(self.internalize.max_rank, Checkpoint.of(folder).config.bias_rank)
-        parse_dtype(self.dtype, torch.device("cpu"))
+        dtype = parse_dtype(self.dtype, torch.device("cpu"))
         base = self.base and absolute(self.base, BUNDLED_MODELS)
         embedding = absolute(self.embedding, (BUNDLED, "none"))
         store = Storage(self.store).root
         config = dataclasses.replace(self, store=store, hypernetwork=folder, base=base, embedding=embedding)
+        if not self.gpus_per_worker:  # else actors of one pool might decide differently
+            config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
         config.embedding_model()
         return config
 

@@ -63,8 +63,8 @@ class Evaluation(Generic[Setting]):
 
     setting: Setting
     """What is asked of whom."""
-    tracking: TrackingConfig
-    """The MLflow run."""
+    mlflow_run: str
+    """Id of the run that records it."""
 
     @staticmethod
     def load(folder: Path, kind: type[Setting]) -> "Evaluation[Setting]":
@@ -76,7 +76,7 @@ class Evaluation(Generic[Setting]):
         path = folder / "evaluation.json"
         values = load_json(path)
         setting = from_dict(kind, values.get("setting", {}), f"{path}: setting")
-        return Evaluation(setting, from_dict(TrackingConfig, values.get("tracking", {}), f"{path}: tracking"))
+        return Evaluation(setting, str(values.get("mlflow_run", "")))
 
     @staticmethod
     def open(folder: Path, setting: Setting, name: str, config: EvaluateConfig) -> TrackingConfig:
@@ -93,9 +93,9 @@ class Evaluation(Generic[Setting]):
                 raise UserError(
                     f"{folder}: holds answers of another setting ({'; '.join(changed)}); give another --output"
                 )
-            run_id = before.tracking.run_id
+            run_id = before.mlflow_run
         record = tracking.open_run(replace(config.tracking, run_id=run_id), name, config)
-        Evaluation(setting, record).save(folder)
+        Evaluation(setting, record.run_id).save(folder)
         return record
 
     def save(self, folder: Path) -> None:

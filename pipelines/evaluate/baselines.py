@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from d2l import generation
 from d2l.adapter import Adapter
-from d2l.base_model import BaseModel, chat_text
+from d2l.base_model import BaseModel
+from d2l.chat import chat_text
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows

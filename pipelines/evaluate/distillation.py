@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from d2l.adapter import Adapter
-from d2l.chunking import Affixes
+from d2l.chat import Affixes
 from d2l.context_encoder import EncoderConfig
 from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig

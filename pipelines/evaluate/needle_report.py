@@ -63,7 +63,7 @@ def join(config: JoinConfig) -> dict[str, Any]:
     for folder in config.folders:
         evaluation = Evaluation.load(folder, Setting)
         makers.setdefault((evaluation.setting.hypernetwork, evaluation.setting.base), folder)
-        runs.append(evaluation.tracking.run_id)
+        runs.append(evaluation.mlflow_run)
         for trial in AnswerLog(folder, Trial).read():
             document = (trial.haystack, trial.needles, trial.distractors, trial.length, trial.seed)
             if (other := owners.setdefault(document, folder)) != folder:

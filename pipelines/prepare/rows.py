@@ -99,7 +99,7 @@ def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[Sou
         tables, files = split_tables(storage, files)
         for url in sorted(set(tables) - seen):
             seen.add(url)
-            found.extend(SourceFile(len(found) + n, "parquet", url, (name,)) for n, name in enumerate(delta_files(url)))
+            found += [SourceFile(len(found) + n, "parquet", url, (name,)) for n, name in enumerate(delta_files(url))]
         texts: dict[str, list[str]] = {"file": [], "huge": []}
         for name, size in sorted(files.items()):
             kind = KINDS.get(PurePosixPath(name).suffix.lower())

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2l.chunking import Affixes, ChunkBatch, batch_chunks
+from d2l.chat import Affixes
+from d2l.chunking import ChunkBatch, batch_chunks
 from pipelines.training.tasks import Document
 
 

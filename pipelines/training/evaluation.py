@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from d2l.base_model import BaseModel
-from d2l.chunking import Affixes
+from d2l.chat import Affixes
 from d2l.generation import SamplingConfig, generate
 from pipelines.training.batches import PackedBatch, collate
 from pipelines.training.learner import MetaLearner

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2l.base_model import BaseModel, load_base_model
-from d2l.chunking import Affixes
+from d2l.chat import Affixes
 from d2l.hypernetwork import Hypernetwork
 from pipelines import cluster
 from pipelines.recipes import OptimizerConfig, Recipe
@@ -84,7 +84,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
     state, hypernetwork, optimizer = _resume(config, base, _agreed(folders.latest()))
     learner = MetaLearner(base, hypernetwork, recipe.loss, recipe.gradient_checkpointing)
     parallel = ray.train.torch.prepare_model(learner, move_to_device=False)
-    affixes = Affixes.of(base.tokenizer)
+    affixes = base.affixes
     shards = range(rank, recipe.batches_per_step, workers)
     positions = {shard: Position(**state["positions"].get(str(shard), {})) for shard in shards}
     stream = StepStream(recipe, config.stages, config.data, shards, affixes, base.pad_id, state["step"], positions)

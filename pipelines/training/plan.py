@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from d2l.base_model import BUNDLED_MODELS, BaseModel, Digests, default_device, resolve
-from d2l.chunking import Affixes
+from d2l.chat import Affixes
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
 from pipelines.recipes import Recipe, Stage

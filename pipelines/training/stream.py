@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy
 from transformers import AutoTokenizer
 
 from d2l.base_model import resolve
-from d2l.chunking import Affixes
+from d2l.chat import Affixes
 from d2l.errors import UserError
 from pipelines.recipes import Recipe
 from pipelines.teacher import Teacher

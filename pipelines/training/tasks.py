@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from d2l.base_model import prompt_ids
+from d2l.chat import prompt_ids
 from d2l.chunking import ChunkingConfig, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.tasks.facts import MAX_FACTS, FactsConfig, make_facts

@@ -17,7 +17,8 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from d2l.chunking import Affixes, ChunkingConfig
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.storage import Storage

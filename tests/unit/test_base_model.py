@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from d2l.base_model import BaseModel, chat_text, load_base_model
+from d2l.base_model import BaseModel, load_base_model
+from d2l.chat import chat_text
 from d2l.errors import UserError
 from d2l.storage import Storage
 from tests.conftest import save_tiny
@@ -151,3 +152,11 @@ def test_logits_are_scaled_as_the_model_itself_does(tiny_llama: BaseModel, monke
         with monkeypatch.context() as patch:
             patch.setattr(tiny_llama.model.config, name, factor, raising=False)
             torch.testing.assert_close(tiny_llama.logits(hidden), plain / 2)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(folder)

@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2l.chunking import (
-    Affixes,
-    ChunkingConfig,
-    batch_chunks,
-    check_text,
-    decode_text,
-    document_ids,
-    read_text,
-    split_evenly,
-)
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig, batch_chunks, check_text, decode_text, document_ids, read_text, split_evenly
 from d2l.errors import UserError
 from tests.conftest import CHAT_TEMPLATE, tiny_tokenizer
 

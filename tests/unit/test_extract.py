@@ -11,9 +11,11 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import docx
 import pytest
+from docx.oxml import OxmlElement
 from pypdf import PdfReader, PdfWriter
 
 from d2l import extract as module
@@ -129,6 +131,35 @@ def test_html_becomes_markdown(encoding: str) -> None:
 def test_word_documents() -> None:
     text = extract(word(filled), "notes.docx")
     assert text == "## Harbours\n\nThe number is 4821.\n\ndepth | 12 m\n\nThe end.\n"
+
+
+def reviewed(document: docx.document.Document) -> None:
+    """A form's field, an insertion under review, and a table within a table."""
+
+    def wrap(element: Any, outer: str, *inner: str) -> None:
+        place = element.getparent().index(element)
+        parent, wrapper = element.getparent(), OxmlElement(outer)
+        parent.insert(place, wrapper)
+        for tag in inner:
+            wrapper.append(OxmlElement(tag))
+            wrapper = wrapper[-1]
+        wrapper.append(element)
+
+    wrap(document.add_paragraph("A field of its own.")._p, "w:sdt", "w:sdtContent")
+    wrap(document.add_paragraph("The fee is ").add_run("45 euros")._r, "w:ins")
+    document.paragraphs[-1].add_run(" a year.")
+    cell = document.add_table(1, 2).rows[0].cells[1]
+    cell.text = "outer"
+    cell.add_table(1, 1).rows[0].cells[0].text = "inner"
+
+
+def test_word_documents_are_read_with_fields_insertions_and_tables_in_tables() -> None:
+    text = extract(word(reviewed), "form.docx")
+    assert text == "A field of its own.\n\nThe fee is 45 euros a year.\n\n | outer\ninner\n"
+
+
+def test_names_with_underscores_stay_as_they_are() -> None:
+    assert extract(b"<p>Set max_wal_size to 2*3 and *args.</p>", "a.html") == "Set max_wal_size to 2*3 and *args.\n"
 
 
 @pytest.mark.parametrize("data", [pdf("The number is 4821.", "Line two."), encrypted("")], ids=["plain", "locked"])

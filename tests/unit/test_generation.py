@@ -1,6 +1,8 @@
 """Answers of batches: each row as if it were alone."""
 
 import dataclasses
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +108,20 @@ def test_a_failure_reaches_the_reader_of_a_stream(tiny_llama: BaseModel, monkeyp
     monkeypatch.setattr(tiny_llama.model, "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(generation.stream(tiny_llama, [5, 6], None))
+
+
+def test_an_answer_that_nobody_reads_ends(tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseModel, "stop_ids", [tiny_llama.tokenizer.vocab_size + 7])  # nothing else ends it
+    ended, steps = threading.Event(), []
+
+    def step(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            ended.set()
+
+    hook = tiny_llama.decoder.register_forward_hook(step)
+    try:
+        (answer,) = generation.generate(tiny_llama, [[5, 6]], [None], SamplingConfig(100), ended=ended)
+    finally:
+        hook.remove()
+    assert len(answer) == 5

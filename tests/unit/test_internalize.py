@@ -8,7 +8,8 @@ import torch
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.chunking import Affixes, ChunkingConfig, batch_chunks, document_ids, split_evenly
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig, batch_chunks, document_ids, split_evenly
 from d2l.context_encoder import EncoderConfig
 from d2l.errors import UserError
 from d2l.factors import Factors, map_tensors

@@ -14,7 +14,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from d2l.chunking import Affixes, ChunkingConfig
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig
 from d2l.errors import UserError
 from pipelines import recipes
 from pipelines.recipes import LossConfig

@@ -18,7 +18,6 @@ from pipelines.evaluate.intervals import wilson
 from pipelines.evaluate.needle_report import JoinConfig
 from pipelines.evaluate.needle_scores import scores
 from pipelines.evaluate.needle_trial import Setting, Trial
-from pipelines.tracking import TrackingConfig
 
 TEXT = "The magic number of the blue harbour is 4821. Remember it. " * 3
 QUESTIONS = ("What is the magic number?", "Which harbour is it? Answer with a colour only.")
@@ -101,7 +100,7 @@ def evaluation(folder, trials, hypernetwork: str = "abcd"):
     folder.mkdir()
     AnswerLog(folder, Trial).append([line(t) for t in trials])
     setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 0)
-    Evaluation(setting, TrackingConfig(run_id=folder.name)).save(folder)
+    Evaluation(setting, folder.name).save(folder)
     return folder
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from d2l.base_model import BaseModel
-from d2l.chunking import Affixes, ChunkBatch, batch_chunks
+from d2l.chat import Affixes
+from d2l.chunking import ChunkBatch, batch_chunks
 from d2l.context_encoder import EncoderConfig
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from d2l.base_model import BaseModel
-from d2l.chunking import Affixes, ChunkBatch, batch_chunks
+from d2l.chat import Affixes
+from d2l.chunking import ChunkBatch, batch_chunks
 from d2l.context_encoder import EncoderConfig, Features
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank

@@ -59,6 +59,9 @@ def test_of_a_delta_table_the_current_version_counts(tmp_path: Path) -> None:
         write_deltalake(tmp_path / "in/table", pa.Table.from_pylist(rows), mode=mode)
     write(tmp_path / "in/beside.jsonl", [{"context": MODEL, "question": "What reads?", "answers": ["A hypernetwork"]}])
     assert {row["document"] for row in group(read(tmp_path / "in", tmp_path / "in/table"))} == {HARBOUR, MODEL}
+    write_deltalake(tmp_path / "in/table", pa.Table.from_pylist(rows), mode="append")
+    files, _ = list_files((str(tmp_path / "in/table"), str(tmp_path / "in")), SourceConfig())
+    assert [file.number for file in files] == list(range(3))  # the table's two, and what is beside it
     (tmp_path / "in/table/_delta_log/00000000000000000001.json").write_text("{")
     with pytest.raises(UserError, match="the Delta table cannot be read"):
         read(tmp_path / "in")

@@ -4,7 +4,8 @@ import torch
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.chunking import Affixes, ChunkingConfig
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig
 from d2l.generation import SamplingConfig
 from d2l.model import DocToLora
 from d2l.tasks.sample import Sample

@@ -1,10 +1,19 @@
 """MLflow: a run is gone on with, wherever its record is."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
+from d2l.errors import UserError
 from pipelines.tracking import TrackingConfig, open_run
+
+
+@dataclass(frozen=True)
+class Job:
+    source: str
+    tracking: TrackingConfig
 
 
 def test_a_run_goes_on_and_where_it_is_unknown_in_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -14,3 +23,12 @@ def test_a_run_goes_on_and_where_it_is_unknown_in_a_new_one(tmp_path: Path, capl
     moved = open_run(TrackingConfig(elsewhere, run_id=first.run_id), "run", TrackingConfig())
     assert moved.run_id not in ("", first.run_id)
     assert f"has no run {first.run_id}" in caplog.text
+
+
+def test_a_password_is_neither_recorded_nor_printed(tmp_path: Path) -> None:
+    config = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
+    run = open_run(config, "run", Job("docs", config))
+    assert MlflowClient(config.uri).get_run(run.run_id).data.params == {"source": "docs"}
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot") as error:
+        open_run(TrackingConfig("http://ann:s3cret@127.0.0.1:9"), "run", config)
+    assert "s3cret" not in str(error.value)

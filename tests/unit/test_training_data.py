@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2l.chunking import Affixes, ChunkingConfig
+from d2l.chat import Affixes
+from d2l.chunking import ChunkingConfig
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig
 from pipelines import recipes
