@@ -48,4 +48,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm demo runs build dist
+	rm -rf $(VENV) $(VENV)-vllm demo runs mlruns mlflow.db build dist

@@ -1,6 +1,7 @@
 """The Ray cluster a job runs on: the one it is told of, else this machine."""
 
 import logging
+import math
 import os
 
 import ray
@@ -31,10 +32,17 @@ def connect(worker_output: bool = True) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def share_cores(processes: int) -> None:
-    """Give torch, in this thread, the process's share of the machine's cores; Ray allows as many as CPUs it reserved.
+def on_each_machine(processes: int) -> int:
+    """How many of a job's processes one machine has: Ray Data spreads its actors. Without Ray, all."""
+    nodes = ray.nodes() if ray.is_initialized() else []
+    machines = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in nodes)
+    return math.ceil(processes / max(1, machines))
 
-    The setting is the calling thread's own, and Ray Data calls an actor in another thread than it made it in: call this
+
+def share_cores(processes: int) -> None:
+    """Give torch, in this thread, the share of the machine's cores that one of so many processes on it has.
+
+    Ray allows as many as CPUs it reserved. The setting is the calling thread's own, and Ray Data calls an actor in another thread than it made it in: call this
     where the work is done.
     """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

@@ -93,7 +93,7 @@ class Teacher:
             device: by default a GPU where there is one.
             dtype: of the base model.
             batch_tokens: tokens of one forward pass, padding included; attention takes their square in the worst case.
-            processes: how many of a kind share this machine's cores.
+            processes: how many of a kind the cluster has.
         """
         self.processes = processes
         self.base = base if isinstance(base, BaseModel) else load_base_model(base, device, dtype)
@@ -130,7 +130,7 @@ class Teacher:
     @torch.no_grad()
     def targets(self, documents: Sequence[Sequence[Example]]) -> list[list[Targets] | None]:
         """Targets of each document's examples; None for a document that does not fit the window with each of them."""
-        cluster.share_cores(self.processes)
+        cluster.share_cores(cluster.on_each_machine(self.processes))
         found: list[list[Targets | None] | None] = []
         trees: list[_Tree] = []
         for number, examples in enumerate(documents):

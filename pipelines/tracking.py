@@ -26,6 +26,7 @@ from d2l.storage import one_line
 
 matplotlib.use("Agg")
 DEFAULT_URI = "sqlite:///mlflow.db"
+_SQLITE = "sqlite:///"
 _FLUSH_SECONDS = 5.0
 _MOST_PENDING = 100_000
 """Metrics kept for a server that does not answer; beyond, the oldest are lost."""
@@ -52,8 +53,8 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
     Raises:
         UserError: MLflow cannot be reached.
     """
-    if re.match("sqlite:///[^/]", config.uri):
-        config = replace(config, uri=config.uri.replace("sqlite:///", f"sqlite:///{Path.cwd()}/"))
+    if re.match(f"{_SQLITE}[^/]", config.uri):
+        config = replace(config, uri=config.uri.replace(_SQLITE, f"{_SQLITE}{Path.cwd()}/"))
     # A server that is away for a moment is waited for later, when there is work to lose; not at the start.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -63,6 +64,10 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
         if config.run_id and _is_there(client, config.run_id):
             client.update_run(config.run_id, status="RUNNING")
             return config
+        if config.uri.startswith(_SQLITE) and client.get_experiment_by_name(config.experiment) is None:
+            beside = Path(config.uri.removeprefix(_SQLITE)).with_name("mlruns")  # MLflow's default: where it is run
+            with contextlib.suppress(MlflowException):  # another job was faster
+                client.create_experiment(config.experiment, artifact_location=str(beside))
         experiment = mlflow.set_experiment(config.experiment)
         run = client.create_run(experiment.experiment_id, run_name=name, tags=tags)
         for key, value in _flat(to_dict(parameters)).items():

@@ -47,11 +47,13 @@ class BenchConvertConfig:
     """Documents of one batch."""
     rounds: int = 3
     """Timings of `batched_to_single`; the median counts."""
+    gpus: float = 0
+    """GPUs of the job's actor and of the loop; on the CPU if 0."""
 
 
 def bench_convert(config: BenchConvertConfig) -> dict[str, Any]:
     """Rates and ratios."""
-    model = DocToLora.from_pretrained(config.hypernetwork)
+    model = DocToLora.from_pretrained(config.hypernetwork, device="cuda" if config.gpus else "cpu")
     texts = _texts(model, config.documents)
     batch = [Document(text) for text in texts[: config.batch_documents]]
     seconds = interleaved(
@@ -119,7 +121,10 @@ def _job(config: BenchConvertConfig, documents: Path, root: str, expected: str) 
     """Convert as `d2l convert` does; documents per second after the first batch of results."""
     cluster.connect()
     conversion = ConversionConfig(
-        store=root, hypernetwork=str(config.hypernetwork), batch_documents=config.batch_documents
+        store=root,
+        hypernetwork=str(config.hypernetwork),
+        batch_documents=config.batch_documents,
+        gpus_per_worker=config.gpus,
     )
     sources, journal = SourceConfig(), Journal(Catalogue(root))
     arrived: list[tuple[float, int]] = []

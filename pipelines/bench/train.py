@@ -1,8 +1,8 @@
 """`d2l bench train`: what the trainer's design and its pipeline cost or save, in one run on the same work.
 
 - `encode_once_ratio`: questions per second with a document encoded once for all its questions, against once for each;
-- `ray_ratio`: steps per second of a Ray Train worker fed by Ray Data, against a plain PyTorch loop in the same process
-  over the same batches held in memory; both in turns;
+- `ray_ratio`: steps per second of a Ray Train worker fed by Ray Data, which makes batches meanwhile, against a plain
+  PyTorch loop in the same process over the same batches held in memory, when nothing is made any more; both in turns;
 - `padding` and `data_wait`, as in training: shares of tokens that are padding, and of time spent waiting for batches.
 """
 
@@ -23,7 +23,7 @@ from d2l.base_model import load_base_model, resolve
 from d2l.chat import Affixes
 from d2l.hypernetwork import Hypernetwork
 from pipelines import cluster, recipes
-from pipelines.bench.timing import interleaved
+from pipelines.bench.timing import interleaved, now
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.training.batches import PackedBatch, TrainingBatch, collate
 from pipelines.training.job import WORKER_ENVIRONMENT
@@ -48,9 +48,9 @@ class BenchTrainConfig:
     """Document tokens of a batch at most."""
     questions: int = 4
     """Questions of each document in `encode_once_ratio`."""
-    steps: int = 4
-    """Steps of each alternative in one round of `ray_ratio`."""
-    rounds: int = 5
+    steps: int = 16
+    """Steps of each alternative in one round of `ray_ratio`: all but the first few batches are made in their course."""
+    rounds: int = 2
     """Timings of each alternative; the median counts."""
     gpus: float = 0
     """GPUs of the worker."""
@@ -59,7 +59,7 @@ class BenchTrainConfig:
 def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """Ratios and shares, and the seconds that they are made of."""
     task = NeedleTask(config.min_tokens, config.max_tokens, keyed=0.5)
-    stage = Stage((config.rounds + 1) * config.steps, (Share(task),), config.batch_tokens)
+    stage = Stage(config.steps + 1, (Share(task),), config.batch_tokens)
     recipe = dataclasses.replace(recipes.needle(), base=config.base, stages=(stage,))
     stages = open_stages(recipe)
     cluster.connect(worker_output=False)
@@ -140,31 +140,31 @@ def _against_memory(
     learn: Any,
     learn_from_ray: Any,
 ) -> dict[str, Any]:
-    """Time steps from Ray and then the same batches from memory, round by round; the first round does not count."""
-    stream = StepStream(recipe, stages, DataConfig(), [0], affixes, pad_id)
-    steps = iter(stream)
+    """Time steps from Ray and then the same batches from memory, round by round, each from the first batch on."""
     from_ray, from_memory, waits, paddings = [], [], [], []
-    for _ in range(config.rounds + 1):
-        held, waited = [], 0.0
-        began = time.perf_counter()
+    for _ in range(config.rounds):
+        stream = StepStream(recipe, stages, DataConfig(), [0], affixes, pad_id)
+        steps = iter(stream)
+        learn_from_ray(next(steps))  # the start does not count
+        held, waited, began = [], 0.0, now()
         for _ in range(config.steps):
             asked = time.perf_counter()
             data = next(steps)
             waited += time.perf_counter() - asked
             paddings.append(learn_from_ray(data)["padding"])
             held += data.batches
-        from_ray.append(time.perf_counter() - began)
+        from_ray.append(now() - began)
+        stream.close()
         waits.append(waited / from_ray[-1])
-        began = time.perf_counter()
+        began = now()
         for batch in held:
             learn(batch)
-        from_memory.append(time.perf_counter() - began)
-    stream.close()
-    ratios = [memory / ray_seconds for memory, ray_seconds in zip(from_memory[1:], from_ray[1:], strict=True)]
+        from_memory.append(now() - began)
+    ratios = [memory / ray_seconds for memory, ray_seconds in zip(from_memory, from_ray, strict=True)]
     return {
         "ray_ratio": statistics.median(ratios),
-        "ray_seconds_per_step": statistics.median(from_ray[1:]) / config.steps,
-        "memory_seconds_per_step": statistics.median(from_memory[1:]) / config.steps,
+        "ray_seconds_per_step": statistics.median(from_ray) / config.steps,
+        "memory_seconds_per_step": statistics.median(from_memory) / config.steps,
         "padding": statistics.mean(paddings),
-        "data_wait": statistics.median(waits[1:]),
+        "data_wait": statistics.median(waits),
     }

@@ -208,7 +208,7 @@ class Converter:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Results of a batch of documents."""
-        cluster.share_cores(self.config.max_workers or self.config.workers)
+        cluster.share_cores(cluster.on_each_machine(self.config.max_workers or self.config.workers))
         try:
             results = self._results(batch.to_pylist())
         except UserError as error:  # not one document's fault; a row, for Ray would bury an exception in its own text

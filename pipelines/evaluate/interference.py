@@ -136,7 +136,7 @@ class Listener:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """For each passage that has enough tokens: `nats`, `adapted` (nats with the adapter), `tokens`."""
-        cluster.share_cores(self.config.workers)
+        cluster.share_cores(cluster.on_each_machine(self.config.workers))
         size, tokenizer = self.config.tokens, self.model.base.tokenizer
         passages, documents = [], []
         for row in batch.to_pylist():

@@ -43,7 +43,7 @@ class Examiner:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Lines for the log, and how many answers of each are right with the stored adapter."""
-        cluster.share_cores(self.config.workers)
+        cluster.share_cores(cluster.on_each_machine(self.config.workers))
         trials = self._examine(batch.to_pylist())
         right = [sum(map(exact_match, trial.asked[0].answers, trial.expected)) for trial in trials]
         return pa.table({"trial": [line(trial) for trial in trials], "right": right})

@@ -49,7 +49,7 @@ class Examiner:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Lines for the log, and whose they are: of documents of one group, at least two."""
-        cluster.share_cores(self.config.workers)
+        cluster.share_cores(cluster.on_each_machine(self.config.workers))
         tasks = batch.to_pylist()
         exams = [from_dict(Exam, json.loads(task["exam"])) for task in tasks]
         trials = self._examine(exams, [task["timed"] for task in tasks])

@@ -119,7 +119,7 @@ class Completer:
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """Requests with their completions."""
-        cluster.share_cores(self.workers.count)
+        cluster.share_cores(cluster.on_each_machine(self.workers.count))
         found = [Completion(None, False)] * len(requests)
         window = self.base.window - self.sampling.max_new_tokens
         prompts = {}
