@@ -42,7 +42,7 @@ def on_each_machine(processes: int) -> int:
 def share_cores(processes: int) -> None:
     """Give torch, in this thread, the share of the machine's cores that one of so many processes on it has.
 
-    Ray allows as many as CPUs it reserved. The setting is the calling thread's own, and Ray Data calls an actor in another thread than it made it in: call this
-    where the work is done.
+    Ray allows as many as CPUs it reserved. The setting is the calling thread's own, and Ray Data calls an actor in
+    another thread than it made it in: call this where the work is done.
     """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
