@@ -22,7 +22,7 @@ from moto.s3.responses import S3Response
 
 from d2l import DocToLora
 from d2l.adapter import Adapter
-from d2l.base_model import BaseModel
+from d2l.base_model import BaseModel, default_dtype
 from d2l.catalogue import Catalogue
 from d2l.chunking import ChunkingConfig
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
@@ -448,3 +448,13 @@ def test_mistakes(
         run(**call)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"), [("auto", default_dtype(torch.device("cpu"))), ("float32", torch.float32)]
+)
+def test_actors_do_not_choose_the_dtype_each(
+    given: str, chosen: torch.dtype, hypernetwork: Path, tmp_path: Path
+) -> None:
+    config = ConversionConfig(store=str(tmp_path), hypernetwork=str(hypernetwork), dtype=given)
+    assert config.checked().dtype == str(chosen).removeprefix("torch.")

@@ -79,7 +79,7 @@ LINES = [
 
 
 def test_every_document_is_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract, "SECONDS", 10)
+    monkeypatch.setattr(extract, "SECONDS", 30)
     for name, data in (GOOD | BAD).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)

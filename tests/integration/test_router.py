@@ -116,7 +116,8 @@ def test_a_hot_adapter_spreads(replicas: DeploymentHandle):
 def test_the_bare_model_takes_whoever_is_free(replicas: DeploymentHandle):
     responses = [replicas.complete.remote(asked(None, slow=True)) for _ in range(20)]
     loads = collections.Counter(response.result() for response in responses)
-    assert min(loads[replica] for replica in loads) >= 7
+    assert len(loads) == 2
+    assert min(loads.values()) >= 7
 
 
 def test_calls_of_one_request_are_all_routed(ray_cluster: None):

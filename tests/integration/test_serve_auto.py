@@ -1,6 +1,5 @@
 """`base:auto`: documents chosen by meaning, with a real embedding model and a tiny random base model."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,7 @@ from d2l import DocToLora
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from serve.app import ServeConfig, run
-from tests.integration.test_serve import random_hypernetwork
+from tests.integration.test_serve import random_hypernetwork, wait_until
 from tests.ports import free_ports
 
 TEXTS = {
@@ -39,6 +38,9 @@ class Server:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
         return self.client.chat.completions.create(model="tiny:auto", messages=messages, max_tokens=8)  # type: ignore[arg-type]
 
+    def chosen(self, question: str) -> str | None:
+        return self.ask(question).d2l["document"]  # type: ignore[attr-defined]
+
 
 @pytest.fixture(scope="module")
 def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -60,7 +62,8 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
     assert nothing.d2l == {"document": None, "version": None, "similarity": None}  # type: ignore[attr-defined]
     for doc_id, text in TEXTS.items():
         running.upload(doc_id, text)
-    time.sleep(2.5)  # embeddings are read again
+    for doc_id, question in QUESTIONS.items():  # once embeddings are read again
+        wait_until(lambda doc_id=doc_id, question=question: running.chosen(question) == doc_id)
     yield running
     serve.shutdown()
 
@@ -89,8 +92,7 @@ def test_a_question_about_something_else_goes_to_the_base_model(server: Server, 
 
 def test_what_is_uploaded_or_deleted_is_chosen_or_not(server: Server) -> None:
     server.upload("whales", "The blue whale is the largest animal that has ever lived. It eats krill in cold seas.")
-    time.sleep(2.5)
     question = "What do blue whales eat?"
-    assert server.ask(question).d2l["document"] == "whales"  # type: ignore[attr-defined]
+    wait_until(lambda: server.chosen(question) == "whales")
     server.client.delete("/documents/whales", cast_to=object)
-    assert server.ask(question).d2l["document"] is None  # type: ignore[attr-defined]
+    assert server.chosen(question) is None

@@ -26,7 +26,7 @@ from pipelines.catalogue import PromoteConfig, promote
 from serve.app import ServeConfig, run
 from serve.catalogue.keys import AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
-from tests.integration.test_serve import random_hypernetwork
+from tests.integration.test_serve import random_hypernetwork, wait_until
 from tests.ports import free_ports
 from tests.unit.test_extract import filled, pdf, word
 
@@ -193,12 +193,14 @@ def test_what_was_sent_last_counts_though_it_is_ready_first(server: Server) -> N
     assert server.ask("tiny:withdrawn").status_code == 404
 
 
-def test_bulk_changes_are_seen_within_5_s(server: Server) -> None:
+def test_bulk_changes_are_seen(server: Server) -> None:
     text = "A document that a job converted."
     AdapterStore(server.store).put("acme", "ab" * 8, server.library.internalize(text))
     Catalogue(server.store).append([Event("acme", "bulk", "0" * 12, "ready", "ab" * 8)])
-    time.sleep(5)
-    assert server.answers("tiny:bulk") == {server.expected(server.library.internalize(text))}
+    wait_until(lambda: server.call("GET", "/documents/bulk").ok)
+    expected = {server.expected(server.library.internalize(text))}
+    wait_until(lambda: {server.ask("tiny:bulk").status_code for _ in range(6)} == {200})  # both gateways know it
+    assert server.answers("tiny:bulk") == expected
 
 
 def test_documents_move_to_another_hypernetwork_and_back(server: Server, tiny_llama: BaseModel) -> None:
@@ -216,11 +218,10 @@ def test_documents_move_to_another_hypernetwork_and_back(server: Server, tiny_ll
         origin = adapter.provenance
         event = Event("acme", doc_id, origin.text_digest[:12], "ready", target, hypernetwork=origin.hypernetwork)
         Catalogue(server.store).append([event])
-        time.sleep(5)
 
     def served(*wanted: Adapter) -> None:
-        names = ["tiny:ebb", "tiny:flow", "tiny:ebb+flow"]
-        assert [server.answers(name) for name in names] == [{server.expected(adapter)} for adapter in wanted]
+        expected = [{server.expected(adapter)} for adapter in wanted]
+        wait_until(lambda: [server.answers(name) for name in ("tiny:ebb", "tiny:flow", "tiny:ebb+flow")] == expected)
 
     served(old["ebb"], old["flow"], compose(list(old.values())))
     convert("ebb")
@@ -230,7 +231,6 @@ def test_documents_move_to_another_hypernetwork_and_back(server: Server, tiny_ll
     fingerprint = server.library.hypernetwork.fingerprint()
     back = PromoteConfig(store=str(server.store), hypernetwork=fingerprint, tenant="acme", documents=tuple(texts))
     assert promote(back)["promoted"] == 2
-    time.sleep(5)
     served(old["ebb"], old["flow"], compose(list(old.values())))
 
 
@@ -289,14 +289,17 @@ def test_no_valid_key(server: Server, key: str | None) -> None:
     assert requests.get(server.url.removesuffix("/v1") + "/healthz").json() == {"status": "ok"}
 
 
-def test_a_key_that_is_taken_back_is_refused_and_a_new_one_taken_within_5_s(server: Server) -> None:
+def test_a_key_that_is_taken_back_is_refused_and_a_new_one_taken(server: Server) -> None:
     before = server.keys_file.read_text()
     added = add_key(AddKeyConfig(file=str(server.keys_file), tenant="acme"))["key"]
-    time.sleep(5)
-    assert {server.call("GET", "/models", added).status_code for _ in range(6)} == {200}
+
+    def answered() -> set[int]:
+        """By both gateways."""
+        return {server.call("GET", "/models", added).status_code for _ in range(6)}
+
+    wait_until(lambda: answered() == {200})
     server.keys_file.write_text(before)
-    time.sleep(5)
-    assert {server.call("GET", "/models", added).status_code for _ in range(6)} == {401}
+    wait_until(lambda: answered() == {401})
 
 
 def test_limits_of_a_key(server: Server) -> None:
@@ -304,8 +307,7 @@ def test_limits_of_a_key(server: Server) -> None:
     assert [response.status_code for response in statuses] == [200] * 3 + [429] * 3
     assert 1 <= int(statuses[-1].headers["Retry-After"]) <= 60
     assert server.ask("tiny", "brief").ok
-    assert server.ask("tiny", "brief").status_code in (200, 429)
-    time.sleep(0.5)
+    wait_until(lambda: server.ask("tiny", "brief").status_code == 429)  # tokens are counted when the answer is over
     assert server.ask("tiny", "brief").json()["error"]["code"] == "rate_limit_exceeded"
     server.upload("one", "The only one.", "small")
     server.upload("one", "The only one, in new words.", "small")

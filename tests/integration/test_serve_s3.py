@@ -27,14 +27,14 @@ def test_what_is_in_memory_goes_on_answering_while_storage_is_away(server: Serve
         moto.stop()
         try:
             waiting = threads.submit(server.ask, f"{ALIAS}:cold")
-            end, slowest = time.monotonic() + away_s, 0.0
-            while (began := time.monotonic()) < end:
+            end, answers = time.monotonic() + away_s, 0
+            while time.monotonic() < end:
                 assert server.ask(f"{ALIAS}:warm").strip() == warm
-                slowest = max(slowest, time.monotonic() - began)
+                answers += 1
             assert f"{ALIAS}:cold" in names(server)
         finally:
             moto.start()
-        assert slowest < 3  # nobody waits for the storage but those who need it
+        assert answers > away_s  # nobody waits for the storage but those who need it
         if (error := waiting.exception()) is None:
             assert waiting.result().strip() == cold  # it was away for less than a reader's patience
         else:

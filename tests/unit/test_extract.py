@@ -5,7 +5,6 @@ import os
 import signal
 import struct
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -222,11 +221,10 @@ def test_external_entities_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SECONDS", 2)
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"slow\.pdf: takes more than 2 s"):
-        extract(slow_pdf(100), "slow.pdf")
-    assert time.monotonic() - began < 10
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SECONDS", 2)
+        with pytest.raises(UserError, match=r"slow\.pdf: takes more than 2 s"):
+            extract(slow_pdf(100), "slow.pdf")
     assert "4821" in extract(pdf("The number is 4821."), "next.pdf")
 
 

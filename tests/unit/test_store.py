@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from botocore.exceptions import ClientError
 
 from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, Provenance
 from d2l.base_model import BaseModel
@@ -156,6 +157,24 @@ def test_no_such_storage(s3_server: str, tiny_llama: BaseModel) -> None:
         AdapterStore("nonsense://x")
     with pytest.raises(UserError, match=r"cannot be written .*bucket"):
         AdapterStore("s3://no-such-bucket/x").put("acme", ID, make(tiny_llama, 1))
+
+
+@pytest.mark.parametrize("conflicts", [2, 5])
+def test_a_put_beside_another_of_its_key_is_tried_again(conflicts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, tried = Storage("s3://bucket/store"), []
+
+    def pipe_file(path: str, *_: Any, **__: Any) -> None:
+        tried.append(path)
+        if len(tried) <= conflicts:
+            raise OSError("409") from ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+
+    monkeypatch.setattr(storage.filesystem, "pipe_file", pipe_file)
+    if conflicts < 5:
+        storage.create("a", b"x")
+    else:
+        with pytest.raises(UserError, match="409"):
+            storage.create("a", b"x")
+    assert len(tried) == min(conflicts + 1, 5)
 
 
 def test_adapter_id_depends_on_all_that_decides_the_adapter() -> None:

@@ -25,10 +25,12 @@ def test_a_run_goes_on_and_where_it_is_unknown_in_a_new_one(tmp_path: Path, capl
     assert f"has no run {first.run_id}" in caplog.text
 
 
-def test_a_password_is_neither_recorded_nor_printed(tmp_path: Path) -> None:
+def test_what_is_recorded_lies_beside_the_database_and_has_no_password(tmp_path: Path) -> None:
     config = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
     run = open_run(config, "run", Job("docs", config))
-    assert MlflowClient(config.uri).get_run(run.run_id).data.params == {"source": "docs"}
+    recorded = MlflowClient(config.uri).get_run(run.run_id)
+    assert recorded.data.params == {"source": "docs"}
+    assert recorded.info.artifact_uri.startswith(f"{tmp_path}/mlruns/")
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot") as error:
         open_run(TrackingConfig("http://ann:s3cret@127.0.0.1:9"), "run", config)
     assert "s3cret" not in str(error.value)
