@@ -86,7 +86,11 @@ class EmbeddingModel:
             )
         is_folder = "://" in name or Path(name).is_dir()
         public = _BUNDLED_HUB_ID if bundled else Path(name).resolve().name if is_folder else name
-        work = json.dumps([weights_digest(folder), limit, *modes, "terms", _MOST_TERMS])
+        try:
+            weights = weights_digest(folder)
+        except UserError as error:
+            raise UserError(f"{what} {name}: {error}") from None
+        work = json.dumps([weights, limit, *modes, "terms", _MOST_TERMS])
         digest = hashlib.sha256(work.encode()).hexdigest()[:16]
         return cls(str(folder), f"{public}@{digest}", limit, _FIRST_TOKEN in modes)
 

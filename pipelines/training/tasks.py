@@ -431,13 +431,15 @@ def _tokens(documents: list[Document]) -> int:
 def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """See `Document.found`. The end token is nowhere.
 
-    After a space words are often other tokens: "ĠLisbon" where the answer begins "L". Then the answer's first token is
-    looked for where the word begins, and the others as far as both end alike.
+    After a space words are often other tokens: "ĠLisbon" where the answer begins "L"; and so they are where a sentence
+    begins: "Slate" for "slate". Then the answer's first token is looked for where the word begins, and the others as
+    far as both end alike.
     """
     said = tuple(answer[:-1])
-    after_space = tuple(tokenizer(" " + tokenizer.decode(said), add_special_tokens=False)["input_ids"])
-    wholes = {said} if after_space[-len(said) :] == said else {said, after_space}
-    places = []
+    text, wholes, places = tokenizer.decode(said), {said}, []
+    for form in (text, text[:1].upper() + text[1:]):
+        bare, spaced = (tuple(tokenizer(s + form, add_special_tokens=False)["input_ids"]) for s in ("", " "))
+        wholes |= {bare} if spaced[-len(bare) :] == bare else {bare, spaced}
     for wanted, (number, chunk) in itertools.product(wholes if said else (), enumerate(chunks)):
         if len(wanted) > len(chunk):
             continue

