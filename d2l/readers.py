@@ -92,8 +92,10 @@ def _html(data: bytes) -> str:
     page = BeautifulSoup(data, "lxml")
     for tag in page(["script", "style", "template", "noscript", "svg"]):
         tag.decompose()
-    options = {"heading_style": "ATX", "strip": ["a", "img"], "escape_asterisks": False, "escape_underscores": False}
-    return MarkdownConverter(**options).convert_soup(page)
+    converter = MarkdownConverter(
+        heading_style="ATX", strip=["a", "img"], escape_asterisks=False, escape_underscores=False
+    )
+    return converter.convert_soup(page)
 
 
 def _pdf(data: bytes) -> str:
