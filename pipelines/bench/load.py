@@ -174,8 +174,17 @@ def _serve_multiplexed(config: BenchLoadConfig, served: ServeConfig) -> None:
     front = _Multiplexer.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000).bind(engine)
     gateway = Gateway.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
     serve.start(http_options={"host": served.host, "port": served.port})
-    arguments = (front, catalogue.bind(served.store, None), None, None, served.store, served.alias, 0.0)
-    serve.run(gateway.bind(*arguments), name=APP_NAME)
+    bound = gateway.bind(
+        engine=front,
+        catalogue=catalogue.bind(served.store, None),
+        internalizer=None,
+        selector=None,
+        store=served.store,
+        alias=served.alias,
+        min_similarity=0.0,
+        timeout_s=served.request_timeout_s,
+    )
+    serve.run(bound, name=APP_NAME)
 
 
 @serve.deployment
