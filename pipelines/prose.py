@@ -32,7 +32,7 @@ def load_prose(path: str, held_out: bool) -> list[str]:
         texts = pq.read_table(inner, columns=["text"], filesystem=filesystem)["text"].to_pylist()
     else:
         texts = [part for part in read_text(path).split("\n\n") if part.strip()]
-    kept = [text for i, text in enumerate(texts) if text and (i % _HELD_OUT == 0) == held_out]
+    kept = [text for i, text in enumerate(texts) if (text or "").strip() and (i % _HELD_OUT == 0) == held_out]
     if not kept:
         raise UserError(f"{path}: has {len(texts)} texts; at least 2 are needed, every {_HELD_OUT}th is for evaluation")
     return kept

@@ -249,14 +249,20 @@ def test_an_old_version_stays(server: Server):
     assert server.ask(f"{ALIAS}:twice@{version}").strip() == server.expected(first)
 
 
-def test_a_document_converted_while_serving_appears(server: Server):
-    with pytest.raises(openai.NotFoundError):
-        server.ask(f"{ALIAS}:late")
-    server.add("late", server.library.internalize("A late document about harbours."))
-    wait_until(lambda: f"{ALIAS}:late" in names(server))
-    assert server.ask(f"{ALIAS}:late").strip() == server.expected(server.adapters["late"])
-    Catalogue(server.store).append([Event("default", "late", "", "deleted")])
-    wait_until(lambda: f"{ALIAS}:late" not in names(server))
+def test_a_document_converted_while_serving_appears_within_5_s(server: Server):
+    appeared, vanished = [], []
+    for number in range(3):  # a busy machine may be slow once
+        name = f"{ALIAS}:late-{number}"
+        with pytest.raises(openai.NotFoundError):
+            server.ask(name)
+        server.add(f"late-{number}", server.library.internalize("A late document about harbours."))
+        appeared.append(wait_until(lambda name=name: name in names(server)))
+        assert server.ask(name).strip() == server.expected(server.adapters[f"late-{number}"])
+        Catalogue(server.store).append([Event("default", f"late-{number}", "", "deleted")])
+        vanished.append(wait_until(lambda name=name: name not in names(server)))
+        if max(min(appeared), min(vanished)) < 5:
+            return
+    raise AssertionError(f"{appeared} s, {vanished} s")
 
 
 @pytest.mark.parametrize(

@@ -193,14 +193,19 @@ def test_what_was_sent_last_counts_though_it_is_ready_first(server: Server) -> N
     assert server.ask("tiny:withdrawn").status_code == 404
 
 
-def test_bulk_changes_are_seen(server: Server) -> None:
+def test_bulk_changes_are_seen_within_5_s(server: Server) -> None:
     text = "A document that a job converted."
+    expected = server.expected(server.library.internalize(text))
     AdapterStore(server.store).put("acme", "ab" * 8, server.library.internalize(text))
-    Catalogue(server.store).append([Event("acme", "bulk", "0" * 12, "ready", "ab" * 8)])
-    wait_until(lambda: server.call("GET", "/documents/bulk").ok)
-    expected = {server.expected(server.library.internalize(text))}
-    wait_until(lambda: {server.ask("tiny:bulk").status_code for _ in range(6)} == {200})  # both gateways know it
-    assert server.answers("tiny:bulk") == expected
+    waited = []
+    for number in range(3):  # a busy machine may be slow once
+        name = f"tiny:bulk-{number}"
+        Catalogue(server.store).append([Event("acme", f"bulk-{number}", "0" * 12, "ready", "ab" * 8)])
+        waited.append(wait_until(lambda name=name: {server.ask(name).status_code for _ in range(6)} == {200}))
+        assert server.answers(name) == {expected}
+        if waited[-1] < 5:
+            return
+    raise AssertionError(f"{waited} s")
 
 
 def test_documents_move_to_another_hypernetwork_and_back(server: Server, tiny_llama: BaseModel) -> None:
@@ -289,17 +294,22 @@ def test_no_valid_key(server: Server, key: str | None) -> None:
     assert requests.get(server.url.removesuffix("/v1") + "/healthz").json() == {"status": "ok"}
 
 
-def test_a_key_that_is_taken_back_is_refused_and_a_new_one_taken(server: Server) -> None:
+def test_a_key_that_is_taken_back_is_refused_and_a_new_one_taken_within_5_s(server: Server) -> None:
     before = server.keys_file.read_text()
-    added = add_key(AddKeyConfig(file=str(server.keys_file), tenant="acme"))["key"]
+    taken, refused = [], []
+    for _ in range(3):  # a busy machine may be slow once
+        added = add_key(AddKeyConfig(file=str(server.keys_file), tenant="acme"))["key"]
 
-    def answered() -> set[int]:
-        """By both gateways."""
-        return {server.call("GET", "/models", added).status_code for _ in range(6)}
+        def answered(added: str = added) -> set[int]:
+            """By both gateways."""
+            return {server.call("GET", "/models", added).status_code for _ in range(6)}
 
-    wait_until(lambda: answered() == {200})
-    server.keys_file.write_text(before)
-    wait_until(lambda: answered() == {401})
+        taken.append(wait_until(lambda answered=answered: answered() == {200}))
+        server.keys_file.write_text(before)
+        refused.append(wait_until(lambda answered=answered: answered() == {401}))
+        if max(min(taken), min(refused)) < 5:
+            return
+    raise AssertionError(f"{taken} s, {refused} s")
 
 
 def test_limits_of_a_key(server: Server) -> None:

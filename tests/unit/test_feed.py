@@ -44,6 +44,7 @@ def test_delivered_waits_for_the_last_subscriber() -> None:
             await feed.poll(name, feed.subscribe(name), 0)
         position = await feed.publish("x")
         delivered = asyncio.create_task(feed.delivered(position))
+        assert feed.alive("a")
         await feed.poll("a", position, 0)
         await asyncio.sleep(0.05)
         assert not delivered.done()
