@@ -76,13 +76,23 @@ def load_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing or is not a JSON object.
     """
     try:
-        values = json.loads(path.read_text())
+        return parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def parse_json(text: bytes, name: str) -> dict[str, Any]:
+    """The JSON object of the file `name`.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:  # of the encoding, or of JSON
+        raise UserError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        raise UserError(f"{name}: expected a JSON object, got {type(values).__name__}")
     return values

@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from d2l import generators
 from d2l.base_model import BaseModel, Digests
 from d2l.chunking import ChunkBatch, ChunkingConfig
-from d2l.config import from_dict, load_json, save_json, to_dict
+from d2l.config import from_dict, parse_json, save_json, to_dict
 from d2l.context_encoder import ContextEncoder, EncoderConfig, Features
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, combine_chunks, split_documents, stack
 from d2l.injection import PlacedRows, Rows
 from d2l.memory import regress
+from d2l.storage import Storage
 
 FORMAT_VERSION = 3
 
@@ -186,10 +187,14 @@ class Hypernetwork(nn.Module):
     def from_pretrained(cls, folder: str | Path, base: BaseModel, dtype: torch.dtype | None = None) -> "Hypernetwork":
         """Load a checkpoint for `base`, on its device and by default in its dtype; in another one, run it in autocast.
 
+        Args:
+            folder: of the checkpoint, local or remote.
+            base: the base model.
+            dtype: of the weights.
+
         Raises:
             UserError: not a checkpoint, damaged, or made for another base model.
         """
-        folder = Path(folder)
         values = read_config(folder)
         made_for = from_dict(Digests, values["base_digests"], f"{folder}/config.json: base_digests")
         for warning in made_for.check(base.digests, f"hypernetwork {folder} (for {values['base_model']})"):
@@ -197,7 +202,7 @@ class Hypernetwork(nn.Module):
         config = from_dict(HypernetworkConfig, values["hypernetwork"], f"{folder}/config.json: hypernetwork")
         with torch.device("meta"):
             hypernetwork = cls(config, base)
-        tensors = load_tensors(folder / "model.safetensors")
+        tensors = _tensors(folder)
         if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
         if values["format_version"] < FORMAT_VERSION:  # `outer_product` got `copy` and `ridge`, which zeros leave out
@@ -216,17 +221,20 @@ def _shapes(base: BaseModel, modules: Sequence[str]) -> dict[str, tuple[int, int
 
 
 def base_model_of(folder: str | Path) -> str:
-    """The name of the base model that a checkpoint was made for."""
-    return read_config(Path(folder))["base_model"]
+    """The name of the base model that a checkpoint, local or remote, was made for."""
+    return read_config(folder)["base_model"]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
     """A checkpoint's `config.json`: what it was made for, and its fingerprint, without its weights.
+
+    Args:
+        folder: of the checkpoint, local or remote.
 
     Raises:
         UserError: missing, damaged, or not a checkpoint's.
     """
-    values = load_json(folder / "config.json")
+    values = parse_json(_file(folder, "config.json"), f"{folder}/config.json")
     needed = {"format_version", "fingerprint", "base_model", "base_digests", "hypernetwork"}
     if missing := sorted(needed - set(values)):
         raise UserError(f"{folder}/config.json: not a hypernetwork checkpoint, it lacks {', '.join(missing)}")
@@ -235,18 +243,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        UserError: missing or damaged.
-    """
+def _tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    name = "model.safetensors"
     try:
-        return load_file(path)
+        return load(_file(folder, name))
+    except SafetensorError as error:
+        raise UserError(f"{folder}/{name}: truncated or not a safetensors file ({error})") from error
+
+
+def _file(folder: str | Path, name: str) -> bytes:
+    try:
+        return Storage(folder).read(name)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+        raise UserError(f"{folder}/{name}: no such file") from None
 
 
 def _fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

@@ -20,7 +20,7 @@ from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.internalize import Document, InternalizeConfig, Internalizer
 
-SHIPPED = Path(__file__).parent / "weights" / "smollm2-135m"
+SHIPPED = str(Path(__file__).parent / "weights" / "smollm2-135m")
 """The hypernetwork that comes with the package, for the bundled base model."""
 
 Messages = str | list[dict[str, str]]
@@ -47,7 +47,7 @@ class DocToLora:
         """Load a hypernetwork and its base model.
 
         Args:
-            folder: a hypernetwork checkpoint.
+            folder: a hypernetwork checkpoint, local or remote (`s3://...`).
             base: base model; by default the one the checkpoint names.
             device: `cpu`, `cuda` ...; by default CUDA where there is one.
             dtype: of weights and adapters; by default bfloat16 where the device is fast at it.

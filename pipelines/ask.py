@@ -27,8 +27,8 @@ class AskConfig:
     """What to ask."""
     document: str
     """Text file, local or remote."""
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
+    hypernetwork: str = SHIPPED
+    """Hypernetwork checkpoint: a folder, local or remote, or models:/NAME@ALIAS; the shipped one by default."""
     base: str | None = None
     """Base model; by default the one the checkpoint names."""
     save: Path | None = None

@@ -4,10 +4,12 @@ Each command is a dataclass of options and a function from it to a report (a dic
 runs. Reports are shown as tables, or with `--json` as one object on the last line of standard output.
 """
 
+import argparse
 import contextlib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,12 +188,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(name: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:
     command = COMMANDS[name]
     run = _load(command.function)
+    arguments = _without_registry(arguments)
     kind, default = _options(command.function.split(":")[0], command.config)
     about = f"{command.summary}. With --json the result is one JSON object, the last line printed."
     config = tyro.cli(kind, args=arguments, prog=f"d2l {name}", default=default, description=about)
     # With --json, whatever libraries print goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         return run(config)
+
+
+def _without_registry(arguments: list[str]) -> list[str]:
+    """With the folders of models of MLflow's registry, `models:/NAME@ALIAS`, in place of their names."""
+    if not any("models:/" in each for each in arguments):
+        return arguments
+    from pipelines.tracking import registered
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tracking.uri", dest="uri", default="")
+    uri = parser.parse_known_args(arguments)[0].uri
+    return [re.sub(r"(?<![^=])models:/.*", lambda found: registered(found[0], uri), each) for each in arguments]
 
 
 def _options(module: str, config: str) -> tuple[Any, Any]:

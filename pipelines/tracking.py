@@ -1,6 +1,7 @@
 """MLflow: what is recorded of a run, and where. Local runs use a SQLite file; a server is an option away."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -22,10 +23,10 @@ from mlflow.tracking import MlflowClient
 
 from d2l.config import to_dict
 from d2l.errors import UserError
+from d2l.model_files import appearing, cache_folder
 from d2l.storage import one_line
 
 matplotlib.use("Agg")
-DEFAULT_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 _FLUSH_SECONDS = 5.0
 _MOST_PENDING = 100_000
@@ -36,8 +37,9 @@ _MOST_PENDING = 100_000
 class TrackingConfig:
     """Where runs are recorded."""
 
-    uri: str = DEFAULT_URI
-    """MLflow tracking URI. It may name a user and a password: it is neither recorded nor printed with them."""
+    uri: str = ""
+    """MLflow tracking URI; by default `$MLFLOW_TRACKING_URI`, or without it sqlite:///mlflow.db. It may name a user and
+    a password: it is neither recorded nor printed with them."""
     experiment: str = "doc-to-lora"
     """MLflow experiment."""
     run_id: str = ""
@@ -53,8 +55,7 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
     Raises:
         UserError: MLflow cannot be reached.
     """
-    if re.match(f"{_SQLITE}[^/]", config.uri):
-        config = replace(config, uri=config.uri.replace(_SQLITE, f"{_SQLITE}{Path.cwd()}/"))
+    config = replace(config, uri=_whole(config.uri))
     # A server that is away for a moment is waited for later, when there is work to lose; not at the start.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -74,10 +75,23 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
             if not key.startswith("tracking."):
                 client.log_param(run.info.run_id, key, str(value)[:500])
     except Exception as error:  # of MLflow, of its HTTP client, or of the database, by the kind of URI
-        reason = one_line(error)[:300]
-        message = f"MLflow at {config.uri} cannot be used ({reason}); start it, or give --tracking.uri"
-        raise UserError(re.sub(r"//[^/@\s]*@", "//", message)) from None
+        message = f"MLflow at {config.uri} cannot be used ({_reason(error)}); start it, or give --tracking.uri"
+        raise UserError(_without_password(message)) from None
     return replace(config, run_id=run.info.run_id)
+
+
+def _whole(uri: str) -> str:
+    """The URI itself, its default if it is empty, valid in any folder."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    return uri.replace(_SQLITE, f"{_SQLITE}{Path.cwd()}/") if re.match(f"{_SQLITE}[^/]", uri) else uri
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error)[:300]
+
+
+def _without_password(message: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", message)
 
 
 def _is_there(client: MlflowClient, run_id: str) -> bool:
@@ -112,7 +126,7 @@ def forgiven(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # see `open_run`
-        logging.getLogger(__name__).warning("MLflow did not take %s: %s", what, one_line(error)[:300])
+        logging.getLogger(__name__).warning("MLflow did not take %s: %s", what, _reason(error))
 
 
 def log_json(config: TrackingConfig, values: dict[str, Any], name: str) -> None:
@@ -194,6 +208,40 @@ def register(client: MlflowClient, run_id: str, artifact: str, name: str) -> str
     version = client.create_model_version(name, source, run_id)
     client.set_registered_model_alias(name, "best", version.version)
     return str(version.version)
+
+
+def registered(model: str, uri: str = "") -> str:
+    """The folder, local or remote, of a registered model.
+
+    Args:
+        model: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        uri: see `TrackingConfig.uri`.
+
+    Returns:
+        Where it lies; if only the tracking server hands it out, a copy on this machine.
+
+    Raises:
+        UserError: there is none, or MLflow cannot be reached.
+    """
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(\d+))", model)
+    if parts is None:
+        raise UserError(f"{model}: give models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, version = parts.groups()
+    uri = _whole(uri)
+    try:
+        client = MlflowClient(uri)
+        version = version or client.get_model_version_by_alias(name, alias).version
+        source = client.get_model_version_download_uri(name, version)
+        if not source.startswith("mlflow-artifacts:"):
+            return source
+        target = cache_folder() / "registered" / hashlib.sha256(f"{uri} {source}".encode()).hexdigest()[:16]
+        if not target.exists():
+            with appearing(target) as partial:
+                mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(partial), tracking_uri=uri)
+        return str(target / Path(source).name)
+    except Exception as error:  # see `open_run`
+        message = f"{model}: not in MLflow's registry at {uri} ({_reason(error)}); the one asked is --tracking.uri"
+        raise UserError(_without_password(message)) from None
 
 
 _SMOOTH = 20

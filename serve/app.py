@@ -90,8 +90,8 @@ class ServeConfig:
     request_timeout_s: float = 120
     """Seconds that an answer may take, waiting included; then it ends with 504."""
     hypernetwork: str | None = None
-    """Checkpoint that makes adapters of uploaded documents; by default the shipped one where it fits the base model.
-    Without one no documents are taken."""
+    """Checkpoint, a folder or an s3:// one, that makes adapters of uploaded documents; by default the shipped one where
+    it fits the base model. Without one no documents are taken."""
     internalizers: int = 1
     """Processes that internalize uploaded documents, each with the base model."""
     gpus_per_internalizer: float = 0
@@ -222,9 +222,9 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 def _hypernetwork(config: ServeConfig) -> str | None:
     if config.hypernetwork is not None:
-        return str(Path(config.hypernetwork).absolute())
+        return Storage(config.hypernetwork).root
     made_for = base_model_of(SHIPPED)
-    return str(SHIPPED) if made_for in (config.base, BUNDLED_MODELS.get(config.base)) else None
+    return SHIPPED if made_for in (config.base, BUNDLED_MODELS.get(config.base)) else None
 
 
 def _embedding(config: ServeConfig) -> str | None:
@@ -246,7 +246,7 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
     Catalogue(config.store)
     if hypernetwork := _hypernetwork(config):
-        read_config(Path(hypernetwork))
+        read_config(hypernetwork)
     if embedding := _embedding(config):
         EmbeddingModel.of(embedding)
     if config.keys:

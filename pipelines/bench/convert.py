@@ -39,8 +39,8 @@ _LENGTHS = (100, 500)
 class BenchConvertConfig:
     """What to convert."""
 
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
+    hypernetwork: str = SHIPPED
+    """Hypernetwork checkpoint: a folder, local or remote, or models:/NAME@ALIAS; the shipped one by default."""
     documents: int = 128
     """Documents, of 100 to 500 tokens each."""
     batch_documents: int = 16
@@ -122,7 +122,7 @@ def _job(config: BenchConvertConfig, documents: Path, root: str, expected: str) 
     cluster.connect()
     conversion = ConversionConfig(
         store=root,
-        hypernetwork=str(config.hypernetwork),
+        hypernetwork=config.hypernetwork,
         batch_documents=config.batch_documents,
         gpus_per_worker=config.gpus,
     )

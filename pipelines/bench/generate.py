@@ -7,7 +7,6 @@ each row, whose weights must all be read at every step.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from pipelines.bench.timing import interleaved
 class BenchGenerateConfig:
     """What to decode, and how often."""
 
-    hypernetwork: Path = SHIPPED
+    hypernetwork: str = SHIPPED
     """Checkpoint that says base model, layers and modules; the adapters' numbers are random."""
     ranks: tuple[int, ...] = (16, 64)
     """Ranks of the adapters."""

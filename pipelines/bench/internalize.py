@@ -23,8 +23,8 @@ from pipelines.bench.timing import interleaved
 class BenchInternalizeConfig:
     """What to internalize, and how often."""
 
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
+    hypernetwork: str = SHIPPED
+    """Hypernetwork checkpoint: a folder, local or remote, or models:/NAME@ALIAS; the shipped one by default."""
     tokens: int = 512
     """Length of the timed document."""
     rounds: int = 9
@@ -90,13 +90,13 @@ def _document(model: DocToLora, tokens: int) -> str:
     return make_sample(model.base.tokenizer, NeedleConfig(tokens), seed=1).document
 
 
-def _peak_in_fresh_process(hypernetwork: Path, tokens: int) -> int:
+def _peak_in_fresh_process(hypernetwork: str, tokens: int) -> int:
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (hypernetwork, tokens))
 
 
-def _peak(hypernetwork: Path, tokens: int) -> int:
+def _peak(hypernetwork: str, tokens: int) -> int:
     """Peak resident bytes (device bytes on CUDA) of internalizing, above what the loaded model holds."""
     model = DocToLora.from_pretrained(hypernetwork)
     text = _document(model, tokens)

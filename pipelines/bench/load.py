@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -67,7 +66,7 @@ _METRICS_S = 15.0
 class BenchLoadConfig:
     """The load."""
 
-    hypernetwork: Path = SHIPPED
+    hypernetwork: str = SHIPPED
     """Checkpoint for uploads, which says base model and target modules."""
     seconds: float = 300
     """How long, for each of the two."""
@@ -113,7 +112,7 @@ def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
         served = ServeConfig(
             folder,
             base_model_of(config.hypernetwork),
-            hypernetwork=str(config.hypernetwork),
+            hypernetwork=config.hypernetwork,
             port=config.port,
             replicas=config.replicas,
             max_batch_size=config.max_batch_size,

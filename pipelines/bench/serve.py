@@ -63,7 +63,7 @@ _COLD_ROUNDS = 20
 class BenchServeConfig:
     """What to ask, and how often."""
 
-    hypernetwork: Path = SHIPPED
+    hypernetwork: str = SHIPPED
     """Checkpoint that says base model, layers and modules; the adapters' numbers are random."""
     ranks: tuple[int, ...] = (16, 64)
     """Ranks of the adapters."""

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
-from pathlib import Path
 from typing import Annotated, Self
 
 import numpy as np
@@ -65,8 +64,8 @@ class ConversionConfig:
     """Root of the store: a folder, or s3://bucket/path."""
     tenant: str = "default"
     """Whose documents they are."""
-    hypernetwork: str = str(SHIPPED)
-    """Checkpoint folder of the hypernetwork."""
+    hypernetwork: str = SHIPPED
+    """Hypernetwork checkpoint: a folder, local or remote; for the command also models:/NAME@ALIAS."""
     base: str | None = None
     """Base model; by default the one the hypernetwork names."""
     dtype: str = "auto"
@@ -97,7 +96,7 @@ class ConversionConfig:
                 f"needs 1 <= workers <= max_workers and documents in a batch, not {self.workers}, {most}, "
                 f"{self.batch_documents}"
             )
-        folder = str(Path(self.hypernetwork).absolute())
+        folder = Storage(self.hypernetwork).root
         check_rank(self.internalize.max_rank, Checkpoint.of(folder).config.bias_rank)
         dtype = parse_dtype(self.dtype, torch.device("cpu"))
         base = self.base and absolute(self.base, BUNDLED_MODELS)
@@ -128,7 +127,7 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it is damaged.
         """
-        values = read_config(Path(folder))
+        values = read_config(folder)
         config = from_dict(HypernetworkConfig, values["hypernetwork"], f"{folder}/config.json: hypernetwork")
         return cls(values["fingerprint"], config)
 

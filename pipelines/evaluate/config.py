@@ -14,8 +14,8 @@ from pipelines.tracking import TrackingConfig
 class EvaluateConfig:
     """Whom to evaluate, with which resources, and where it is kept."""
 
-    hypernetwork: Path = SHIPPED
-    """Hypernetwork checkpoint; the shipped one by default."""
+    hypernetwork: str = SHIPPED
+    """Hypernetwork checkpoint: a folder, local or remote, or models:/NAME@ALIAS; the shipped one by default."""
     base: str | None = None
     """Base model; by default the one the checkpoint names."""
     workers: int = 1

@@ -20,7 +20,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -67,9 +66,9 @@ class ExaminerConfig(EvaluateConfig):
     rows: tuple[str, ...] = ("no_document", "in_context", "d2l_wrong_document", "d2l")
     """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`,
     `context_distillation`, `context_distillation_oracle`."""
-    static: Path | None = None
+    static: str | None = None
     """Checkpoint for the row `static`."""
-    tuned_reader: Path | None = None
+    tuned_reader: str | None = None
     """Checkpoint for the row `tuned_reader`."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """For the rows `context_distillation`."""
@@ -188,7 +187,7 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
     return Setting(made_by, base, data, config.rows, others, config.rank, config.distillation, config.seed)
 
 
-def _one_for_all(folder: Path) -> str:
+def _one_for_all(folder: str) -> str:
     """The fingerprint of a baseline."""
     values = read_config(folder)
     if (kind := values["hypernetwork"].get("generator")) != "static":

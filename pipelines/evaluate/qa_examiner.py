@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -43,7 +42,7 @@ class Examiner:
         baselines = {"static": config.static, "tuned_reader": config.tuned_reader}
         self.baselines = {row: self._adapter(folder) for row, folder in baselines.items() if folder}
 
-    def _adapter(self, folder: Path) -> Adapter:
+    def _adapter(self, folder: str) -> Adapter:
         """The one adapter of a static hypernetwork: whatever it reads."""
         return DocToLora(self.model.base, Hypernetwork.from_pretrained(folder, self.model.base)).internalize("any")
 

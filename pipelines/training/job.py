@@ -199,9 +199,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _with_config_of(init_from: str, recipe: Recipe) -> Recipe:
-    with fetched(init_from) as folder:
-        values = read_config(folder)["hypernetwork"]
-    made = from_dict(HypernetworkConfig, values, f"{init_from}: hypernetwork")
+    made = from_dict(HypernetworkConfig, read_config(init_from)["hypernetwork"], f"{init_from}: hypernetwork")
     if other := [f.name for f in fields(made) if getattr(made, f.name) != getattr(recipe.hypernetwork, f.name)]:
         print(f"the hypernetwork stays as it is in {init_from}, not as in the recipe: {', '.join(other)}")
     return replace(recipe, hypernetwork=made)

@@ -150,8 +150,7 @@ def _resume(
             optimizer = new_optimizer(hypernetwork, recipe.optimizer)
             return restore_learning(folder, hypernetwork, optimizer), hypernetwork, optimizer
     if config.init_from:
-        with fetched(config.init_from) as folder:
-            hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
+        hypernetwork = Hypernetwork.from_pretrained(config.init_from, base, torch.float32)
     else:
         hypernetwork = Hypernetwork(recipe.hypernetwork, base)
     hypernetwork.to(base.device).train()

@@ -1,6 +1,7 @@
 """The served endpoint, through the official client: real Ray Serve, tiny random models in fp32."""
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,24 @@ def test_langchain_s_client(server: Server):
     model = ChatOpenAI(base_url=url, api_key="none", model=f"{ALIAS}:harbour", temperature=0, max_tokens=24)
     assert model.invoke(QUESTION).content == server.ask(f"{ALIAS}:harbour")
     assert "".join(chunk.content for chunk in model.stream(QUESTION)) == server.ask(f"{ALIAS}:harbour")
+
+
+def test_curl(server: Server):
+    def curl(*arguments: str) -> str:
+        return subprocess.run(["curl", "-sN", *arguments], check=True, capture_output=True, text=True).stdout
+
+    url = f"{str(server.client.base_url).rstrip('/')}/chat/completions"
+    asked = {"model": f"{ALIAS}:harbour", "messages": [{"role": "user", "content": QUESTION}]}
+    asked |= {"temperature": 0, "max_tokens": 24}
+    as_json = "-H", "Content-Type: application/json"
+    answer = json.loads(curl(url, *as_json, "-d", json.dumps(asked)))["choices"][0]["message"]["content"]
+    assert answer == server.ask(f"{ALIAS}:harbour")
+    *lines, done = curl(url, *as_json, "-d", json.dumps(asked | {"stream": True})).split("\n\n")[:-1]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert done == "data: [DONE]"
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == answer
+    unknown = json.dumps(asked | {"model": "nothing"})
+    assert curl(url, *as_json, "-d", unknown, "-o", "/dev/null", "-w", "%{http_code}") == "404"
 
 
 def test_documents_compose(server: Server):

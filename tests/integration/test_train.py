@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from d2l.chat import Affixes
 from d2l.chunking import ChunkingConfig
 from d2l.errors import UserError
-from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, read_config
 from d2l.storage import Storage
 from pipelines.recipes import OptimizerConfig, Recipe, Share, Stage
-from pipelines.tracking import TrackingConfig
+from pipelines.tracking import TrackingConfig, registered
 from pipelines.training.job import TrainConfig, train
 from pipelines.training.stages import open_stages
 from pipelines.training.stream import StepStream
@@ -81,7 +81,8 @@ def test_a_run_leaves_weights_curves_and_a_record(run, report, tiny_llama):
     assert [m.step for m in client.get_metric_history(report["mlflow_run"], "dev_loss")] == [4, 8]
     artifacts = {item.path for item in client.list_artifacts(report["mlflow_run"])}
     assert {"hypernetwork", "recipe.json", "samples", "curves.png"} <= artifacts
-    assert client.get_model_version_by_alias("tiny", "best").run_id == report["mlflow_run"]
+    best = read_config(registered("models:/tiny@best", run.tracking.uri))
+    assert best["fingerprint"] == read_config(report["hypernetwork"])["fingerprint"]
     assert len(list((Path(run.output) / "checkpoints").iterdir())) == run.keep_checkpoints
 
 

@@ -44,6 +44,7 @@ def test_an_unknown_command_is_named(capsys):
         (["ask", "--document", "{binary}", "What?"], "not UTF-8 text"),
         (["ask", "--document", "{good}", " "], "the question is empty"),
         (["ask", "--document", "{good}", "--hypernetwork", "nowhere", "What?"], "nowhere/config.json: no such file"),
+        (["ask", "--document", "{good}", "--hypernetwork", "models:/none@best", "What?"], "models:/none@best: not in"),
         (["import-sakana", "x.bin", "--base", "/no/such/base", "--out", "{out}"], "'/no/such/base': no such folder"),
         (["evaluate", "needle", "--haystack", "prose"], "needs --prose FILE"),
     ],

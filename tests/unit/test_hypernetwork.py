@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -63,6 +64,17 @@ def test_save_and_load_is_exact(tiny_base: BaseModel, tmp_path: Path, generator:
     assert same_factors(found, hypernetwork, tiny_base)
     assert (tmp_path / "README.md").read_text() == "# Card\n"
     assert base_model_of(tmp_path) == tiny_base.name
+
+
+def test_a_checkpoint_may_lie_in_object_storage(tiny_base: BaseModel, tmp_path: Path) -> None:
+    url, files = "memory://bucket/run/hypernetwork", fsspec.filesystem("memory")
+    hypernetwork = tiny_hypernetwork(tiny_base)
+    hypernetwork.save_pretrained(tmp_path)
+    files.put(f"{tmp_path}/", f"{url}/", recursive=True)
+    assert base_model_of(url) == tiny_base.name
+    assert same_factors(Hypernetwork.from_pretrained(url, tiny_base), hypernetwork, tiny_base)
+    with pytest.raises(UserError, match=r"/none/config\.json: no such file"):
+        Hypernetwork.from_pretrained("memory://bucket/none", tiny_base)
 
 
 @torch.no_grad()

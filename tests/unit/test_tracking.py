@@ -7,7 +7,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from d2l.errors import UserError
-from pipelines.tracking import TrackingConfig, open_run
+from pipelines.tracking import TrackingConfig, open_run, register, registered
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,17 @@ def test_what_is_recorded_lies_beside_the_database_and_has_no_password(tmp_path:
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot") as error:
         open_run(TrackingConfig("http://ann:s3cret@127.0.0.1:9"), "run", config)
     assert "s3cret" not in str(error.value)
+
+
+def test_registered_models_are_found_by_alias_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
+    run = open_run(config, "run", Job("docs", config))
+    client = MlflowClient(config.uri)
+    first, second = (register(client, run.run_id, name, "reader") for name in ("first", "second"))
+    assert registered("models:/reader@best", config.uri).endswith(f"/{run.run_id}/artifacts/second")
+    assert registered(f"models:/reader/{first}", config.uri).endswith("/first")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", config.uri)
+    assert registered(f"models:/reader/{second}").endswith("/second")
+    for model, why in (("models:/reader@worst", "worst"), ("models:/writer/1", "writer"), ("models:/x", "NAME@ALIAS")):
+        with pytest.raises(UserError, match=why):
+            registered(model)
