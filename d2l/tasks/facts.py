@@ -1,16 +1,16 @@
 """The facts task: documents of generated facts, and questions that put them in other words.
 
-The step between copying (the needle) and reading: biographies, product sheets, companies, policies and buildings, as
-prose or as records, about one or many entities; a question asks for one attribute of one entity. Everything follows
+The step between copying (the needle) and reading: biographies, product sheets, companies, policies, buildings and more,
+as prose or as records, about one or many entities; a question asks for one attribute of one entity. Everything follows
 from the seed. Held-out documents use names, phrasings of facts and phrasings of questions that no other document has.
 The words are in `facts.json`. Of every list of names there the last fifth is held out, of every list of phrasings the
-last one: so what is alike does not stand at both ends of one.
+last one: so what is alike does not stand at both ends of one. Training also has the kinds of `facts_training.json`.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from d2l.config import from_dict, load_json
@@ -31,6 +31,9 @@ _NUMBERS = {
     "count": (13, 9900, "{}"),
 }
 """Values that are numbers: least, most, format."""
+_MORE = 0.6
+"""Share of documents, except for held-out ones, that are of the kinds which are only there for variety: of five kinds a
+model learns the questions, of many how to find what a question is about."""
 _RECORDS = 0.25
 """Share of entities that are described by a record, not by sentences."""
 
@@ -80,7 +83,7 @@ class _Kind:
 
 
 @dataclass(frozen=True)
-class _Words:
+class _Vocabulary:
     words: dict[str, tuple[str, ...]]
     kinds: tuple[_Kind, ...]
 
@@ -95,7 +98,7 @@ class _Fact:
 def make_facts(config: FactsConfig, seed: int) -> Sample:
     """One document; the same one for the same arguments."""
     rng = random.Random(seed)
-    kind = rng.choice(_vocabulary().kinds)
+    kind = _kind(config, rng)
     entities = _entities(kind, config, rng)
     paragraphs = [_record(facts) if rng.random() < _RECORDS else _prose(kind, facts, config, rng) for facts in entities]
     document = "\n\n".join(paragraphs)
@@ -110,6 +113,11 @@ def exact_match(answer: str, expected: str) -> bool:
     return answer.strip().rstrip(".").casefold() == expected.casefold()
 
 
+def _kind(config: FactsConfig, rng: random.Random) -> _Kind:
+    more = not config.held_out and rng.random() < _MORE
+    return rng.choice((_for_training() if more else _evaluated()).kinds)
+
+
 def _entities(kind: _Kind, config: FactsConfig, rng: random.Random) -> list[list[_Fact]]:
     """The facts of each entity: `config.facts` in all, no two of one value while there are others."""
     most = len(kind.attributes)
@@ -118,7 +126,7 @@ def _entities(kind: _Kind, config: FactsConfig, rng: random.Random) -> list[list
     sizes = [1] * count
     for _ in range(config.facts - count):
         sizes[rng.choice([i for i, size in enumerate(sizes) if size < most])] += 1
-    lists = (_vocabulary().words[name] for name in kind.names)
+    lists = (_words()[name] for name in kind.names)
     firsts, lasts = (_side(words, len(words) // _HELD_OUT, config.held_out) for words in lists)
     names = [kind.name.format(first, rng.choice(lasts)) for first in rng.sample(firsts, count)]
     used: set[str] = set()
@@ -142,7 +150,7 @@ def _value(kind: str, used: set[str], rng: random.Random) -> str:
 
 
 def _any_value(kind: str, rng: random.Random) -> str:
-    words = _vocabulary().words
+    words = _words()
     if kind in _NUMBERS:
         least, most, form = _NUMBERS[kind]
         return form.format(rng.randint(least, most))
@@ -188,6 +196,15 @@ def _side(words: Sequence[str], kept: int, held_out: bool) -> Sequence[str]:
 
 
 @cache
-def _vocabulary() -> _Words:
-    path = Path(__file__).with_suffix(".json")
-    return from_dict(_Words, load_json(path), path.name)
+def _vocabulary(file: str) -> _Vocabulary:
+    return from_dict(_Vocabulary, load_json(Path(__file__).with_name(file)), file)
+
+
+_evaluated = partial(_vocabulary, "facts.json")
+_for_training = partial(_vocabulary, "facts_training.json")
+
+
+@cache
+def _words() -> dict[str, tuple[str, ...]]:
+    """All lists of words."""
+    return _evaluated().words | _for_training().words
