@@ -1,11 +1,17 @@
 """The facts task: everything asked for is in the document, once; and what is held out is never seen in training."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+import d2l.tasks
+from d2l.config import load_json
 from d2l.errors import UserError
 from d2l.tasks.facts import MAX_FACTS, FactsConfig, exact_match, make_facts
 
 SEEDS = range(40)
+WORDS = [Path(d2l.tasks.__file__).with_name(name) for name in ("facts.json", "facts_training.json")]
 
 
 @pytest.mark.parametrize("facts", [1, 4, 16, MAX_FACTS])
@@ -30,6 +36,30 @@ def test_held_out_questions_use_names_and_phrasings_of_their_own() -> None:
     assert not {q for questions in seen for q in questions} & {q for questions in held_out for q in questions}
     starts = [{" ".join(q.split()[:3]) for questions in part for q in questions} for part in (seen, held_out)]
     assert starts[1] - starts[0]  # whole phrasings are new, not only names
+
+
+def test_training_has_more_kinds_than_evaluation() -> None:
+    evaluated = "|".join(
+        re.escape(attribute["questions"][-1]).replace(r"\{name\}", ".+")
+        for kind in load_json(WORDS[0])["kinds"]
+        for attribute in kind["attributes"]
+    )
+    held_out = {q for seed in SEEDS for q in make_facts(FactsConfig(16, held_out=True), seed).questions}
+    assert all(re.fullmatch(f"({evaluated}) Answer in a few words.", question) for question in held_out)
+    entities = {make_facts(FactsConfig(1), seed).document.split()[0] for seed in range(400)}
+    assert "Claim" in entities  # an insurance claim, which is of no evaluated kind
+
+
+@pytest.mark.parametrize("path", WORDS, ids=lambda path: path.name)
+def test_phrasings_name_entity_and_value_once(path: Path) -> None:
+    vocabulary = load_json(path)
+    for attribute in (attribute for kind in vocabulary["kinds"] for attribute in kind["attributes"]):
+        for phrasings, placeholders in ((attribute["statements"], "name value"), (attribute["questions"], "name")):
+            assert len(set(phrasings)) == len(phrasings) > 10
+            for phrasing in phrasings:
+                assert " ".join(sorted(re.findall(r"\{(.*?)\}", phrasing))) == placeholders, phrasing
+    for name, words in vocabulary["words"].items():
+        assert len({word.casefold() for word in words}) == len(words), name
 
 
 def test_answers_in_sentences_name_entity_and_value() -> None:
