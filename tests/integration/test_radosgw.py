@@ -34,7 +34,7 @@ from d2l.store import AdapterStore
 from d2l.vacuum import vacuum
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.tracking import TrackingConfig
-from pipelines.training.checkpoints import fetched
+from pipelines.training.checkpoints import fetched, upload
 from pipelines.training.job import TrainConfig
 from pipelines.training.tasks import QuestionsTask, RepeatTask
 from tests.conftest import random_adapter, tiny_hypernetwork
@@ -175,8 +175,7 @@ def test_a_run_in_object_storage_goes_on_where_it_was_killed(
     history = MlflowClient(tracking.uri).get_metric_history(report["mlflow_run"], "loss")
     assert {point.step for point in history} == set(range(1, steps + 1))
     assert len(history) < 2 * steps  # the steps before the checkpoint were not taken again
-    with fetched(report["hypernetwork"]) as folder:
-        Hypernetwork.from_pretrained(folder, tiny_llama)
+    Hypernetwork.from_pretrained(report["hypernetwork"], tiny_llama)
 
 
 def test_documents_in_object_storage_become_adapters_there(bucket: str, tiny_llama: BaseModel, tmp_path: Path) -> None:
@@ -184,8 +183,9 @@ def test_documents_in_object_storage_become_adapters_there(bucket: str, tiny_lla
     for name, text in texts.items():
         Storage(bucket).create(f"docs/{name}", text.encode())
     Storage(bucket).create("docs/pages.jsonl", b'{"id": "page", "text": "Page one."}\nno JSON')
-    checkpoint = str(tmp_path / "hypernetwork")
-    tiny_hypernetwork(tiny_llama).save_pretrained(checkpoint)
+    checkpoint = f"{bucket}/hypernetwork"
+    tiny_hypernetwork(tiny_llama).save_pretrained(tmp_path / "hypernetwork")
+    upload(tmp_path / "hypernetwork", checkpoint, mark="config.json")
     options = ("--hypernetwork", checkpoint, "--dtype", "float32", "--batch-documents", "2", "--embedding", "none")
     report = d2l("convert", f"{bucket}/docs", "--store", f"{bucket}/store", *options, cwd=tmp_path, exit_code=3)
     assert (report["documents"], report["converted"], report["failed"]) == (8, 7, 1)
