@@ -233,6 +233,11 @@ class Catalogue:
                 if event := document.last():
                     yield event
 
+    def kept(self, tenant: str) -> Iterator[Event]:
+        """All adapters of a tenant that can still be asked for, of old versions too."""
+        for document in list(self._documents.get(tenant, {}).values()):
+            yield from document.ready.values()
+
     def resolve(
         self, tenant: str, doc_id: str, version: str | None = None, hypernetwork: str | None = None
     ) -> Event | None:

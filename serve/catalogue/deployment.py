@@ -211,7 +211,7 @@ class CatalogueDeployment:
             elif document not in self._uploads:
                 raise ApiError(404, "There is no such document.", "document_not_found")
         else:
-            check_room(self._catalogue, waiting.key, event.doc_id, event.bytes, group)
+            check_room(self._catalogue, waiting.key, event.doc_id, [*group, event])
         if waiting.accepted is None:
             before = [other.created_at for other in group if (other.tenant, other.doc_id) == document]
             return replace(event, created_at=self._now(*document, *before))
@@ -264,8 +264,8 @@ class CatalogueDeployment:
                 logger.warning("catalogue not followed: %s", error)
 
 
-def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, size: int = 0, arriving: Iterable[Event] = ()) -> None:
-    """Whether the key may add the document, of `size` bytes, to its tenant's and to those that are `arriving`.
+def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, arriving: Iterable[Event] = ()) -> None:
+    """Whether the key may add the document to its tenant's and to those that are `arriving`, with all their versions.
 
     Raises:
         ApiError: its limits are reached.
@@ -273,10 +273,9 @@ def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, size: int = 0, ar
     limits = key.limits
     if limits.documents is None and limits.bytes is None:
         return
-    sizes = {event.doc_id: event.bytes for event in catalogue.current(key.tenant)}
-    sizes |= {event.doc_id: event.bytes for event in arriving if event.tenant == key.tenant}
-    sizes[doc_id] = size
-    if limits.documents is not None and len(sizes) > limits.documents:
+    own = (event for event in arriving if (event.tenant, event.event) == (key.tenant, "ready"))
+    sizes = {(event.doc_id, event.adapter_id): event.bytes for event in (*catalogue.kept(key.tenant), *own)}
+    if limits.documents is not None and len({name for name, _ in sizes} | {doc_id}) > limits.documents:
         raise ApiError(403, f"This key allows {limits.documents:,} documents. Delete some.", "quota_exceeded")
     if limits.bytes is not None and sum(sizes.values()) > limits.bytes:
         raise ApiError(403, f"This key allows {limits.bytes:,} bytes of adapters. Delete documents.", "quota_exceeded")

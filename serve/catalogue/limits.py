@@ -18,7 +18,7 @@ class Limits:
     documents: int | None = None
     """Documents that its tenant may have before this key can add no more."""
     bytes: int | None = None
-    """Bytes of adapters that its tenant may have before this key can add no more."""
+    """Bytes of adapters, of old versions too, that its tenant may have before this key can add no more."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

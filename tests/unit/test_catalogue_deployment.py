@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from d2l.errors import StorageError
 from serve.catalogue.deployment import CatalogueDeployment, Upload
 from serve.catalogue.feed import Feed
 from serve.catalogue.keys import OPEN
+from serve.catalogue.limits import Limits
 from serve.errors import ApiError
 
 LONG = Upload("default", "doc", "long", "gateway")
@@ -98,5 +100,25 @@ def test_a_deletion_that_could_not_be_written_deletes_nothing(run: Any, monkeypa
                 await deployment.commit(DELETED, OPEN)
         await deployment.commit(ready("long"), OPEN, upload.accepted)
         assert current(deployment) == "long"
+
+    run(test)
+
+
+def test_old_versions_take_room_until_their_document_is_deleted(run: Any) -> None:
+    key = replace(OPEN, limits=Limits(documents=1, bytes=250))
+
+    def version(name: str) -> Event:
+        return replace(ready(name), bytes=100)
+
+    async def test(deployment: Any) -> None:
+        for name in ("first", "second", "second"):  # the same one again takes no more
+            await deployment.commit(version(name), key)
+        with pytest.raises(ApiError, match="250 bytes"):
+            await deployment.commit(version("third"), key)
+        with pytest.raises(ApiError, match="1 documents"):
+            await deployment.commit(replace(version("third"), doc_id="other"), key)
+        await deployment.commit(DELETED, key)
+        await deployment.commit(version("third"), key)
+        assert current(deployment) == "third"
 
     run(test)
