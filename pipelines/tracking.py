@@ -28,6 +28,7 @@ from d2l.storage import one_line
 
 matplotlib.use("Agg")
 _SQLITE = "sqlite:///"
+_DEFAULT_URI = os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"  # now: MLflow sets it to what it is told
 _FLUSH_SECONDS = 5.0
 _MOST_PENDING = 100_000
 """Metrics kept for a server that does not answer; beyond, the oldest are lost."""
@@ -56,12 +57,9 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
         UserError: MLflow cannot be reached.
     """
     config = replace(config, uri=_whole(config.uri))
-    # A server that is away for a moment is waited for later, when there is work to lose; not at the start.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     try:
         mlflow.set_tracking_uri(config.uri)
-        client = MlflowClient()
+        client = _client(config.uri)
         if config.run_id and _is_there(client, config.run_id):
             client.update_run(config.run_id, status="RUNNING")
             return config
@@ -82,8 +80,15 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
 
 def _whole(uri: str) -> str:
     """The URI itself, its default if it is empty, valid in any folder."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    uri = uri or _DEFAULT_URI
     return uri.replace(_SQLITE, f"{_SQLITE}{Path.cwd()}/") if re.match(f"{_SQLITE}[^/]", uri) else uri
+
+
+def _client(uri: str) -> MlflowClient:
+    # A server that is away for a moment is waited for later, when there is work to lose; not at the start.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    return MlflowClient(uri)
 
 
 def _reason(error: Exception) -> str:
@@ -218,7 +223,7 @@ def registered(model: str, uri: str = "") -> str:
         uri: see `TrackingConfig.uri`.
 
     Returns:
-        Where it lies; if only the tracking server hands it out, a copy on this machine.
+        Where it lies; if only the tracking server hands it out, a copy on this machine, which no other one sees.
 
     Raises:
         UserError: there is none, or MLflow cannot be reached.
@@ -229,18 +234,22 @@ def registered(model: str, uri: str = "") -> str:
     name, alias, version = parts.groups()
     uri = _whole(uri)
     try:
-        client = MlflowClient(uri)
+        if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():  # it would be made
+            raise FileNotFoundError("no such file")
+        client = _client(uri)
         version = version or client.get_model_version_by_alias(name, alias).version
         source = client.get_model_version_download_uri(name, version)
         if not source.startswith("mlflow-artifacts:"):
             return source
-        target = cache_folder() / "registered" / hashlib.sha256(f"{uri} {source}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{uri} {source}".encode()).hexdigest()[:16]
+        target = cache_folder() / "registered" / f"{name}-{version}-{digest}"
         if not target.exists():
             with appearing(target) as partial:
                 mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(partial), tracking_uri=uri)
         return str(target / Path(source).name)
     except Exception as error:  # see `open_run`
-        message = f"{model}: not in MLflow's registry at {uri} ({_reason(error)}); the one asked is --tracking.uri"
+        where = "set MLFLOW_TRACKING_URI, or --tracking.uri where there is one"
+        message = f"{model}: cannot be had from MLflow at {uri} ({_reason(error)}); {where}"
         raise UserError(_without_password(message)) from None
 
 

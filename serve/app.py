@@ -90,8 +90,8 @@ class ServeConfig:
     request_timeout_s: float = 120
     """Seconds that an answer may take, waiting included; then it ends with 504."""
     hypernetwork: str | None = None
-    """Checkpoint, a folder or an s3:// one, that makes adapters of uploaded documents; by default the shipped one where
-    it fits the base model. Without one no documents are taken."""
+    """Checkpoint that makes adapters of uploaded documents: a folder, local or remote, or for the command
+    models:/NAME@ALIAS; by default the shipped one where it fits the base model. Without one no documents are taken."""
     internalizers: int = 1
     """Processes that internalize uploaded documents, each with the base model."""
     gpus_per_internalizer: float = 0

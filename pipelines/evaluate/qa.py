@@ -67,9 +67,9 @@ class ExaminerConfig(EvaluateConfig):
     """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`,
     `context_distillation`, `context_distillation_oracle`."""
     static: str | None = None
-    """Checkpoint for the row `static`."""
+    """Checkpoint for the row `static`, as --hypernetwork."""
     tuned_reader: str | None = None
-    """Checkpoint for the row `tuned_reader`."""
+    """Checkpoint for the row `tuned_reader`, as --hypernetwork."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """For the rows `context_distillation`."""
     rank: int = 128

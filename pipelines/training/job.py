@@ -58,8 +58,8 @@ class TrainConfig:
     output: str = "runs/needle"
     """Folder of the run, local or s3://; with several machines one that all of them reach."""
     init_from: str | None = None
-    """Start from this hypernetwork checkpoint (a folder, local or remote) instead of from scratch. One that this recipe
-    has trained sees the same documents again unless --recipe.seed is another."""
+    """Start from this hypernetwork checkpoint (a folder, local or remote, or models:/NAME@ALIAS), not from scratch. One
+    that this recipe has trained sees the same documents again unless --recipe.seed is another."""
     workers: int = 1
     """Data-parallel workers; the recipe's `batches_per_step` must be a multiple."""
     gpus_per_worker: float = 0

@@ -274,8 +274,8 @@ def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, arriving: Iterabl
     if limits.documents is None and limits.bytes is None:
         return
     own = (event for event in arriving if (event.tenant, event.event) == (key.tenant, "ready"))
-    sizes = {(event.doc_id, event.adapter_id): event.bytes for event in (*catalogue.kept(key.tenant), *own)}
-    if limits.documents is not None and len({name for name, _ in sizes} | {doc_id}) > limits.documents:
+    sizes = {(e.doc_id, e.version, e.hypernetwork): e.bytes for e in (*catalogue.kept(key.tenant), *own)}
+    if limits.documents is not None and len({name for name, *_ in sizes} | {doc_id}) > limits.documents:
         raise ApiError(403, f"This key allows {limits.documents:,} documents. Delete some.", "quota_exceeded")
     if limits.bytes is not None and sum(sizes.values()) > limits.bytes:
         raise ApiError(403, f"This key allows {limits.bytes:,} bytes of adapters. Delete documents.", "quota_exceeded")

@@ -1,6 +1,7 @@
 """The served endpoint, through the official client: real Ray Serve, tiny random models in fp32."""
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -131,9 +132,12 @@ def test_langchain_s_client(server: Server):
     assert "".join(chunk.content for chunk in model.stream(QUESTION)) == server.ask(f"{ALIAS}:harbour")
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server: Server):
     def curl(*arguments: str) -> str:
-        return subprocess.run(["curl", "-sN", *arguments], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["curl", "-sN", "--max-time", "120", *arguments], check=True, capture_output=True, text=True
+        ).stdout
 
     url = f"{str(server.client.base_url).rstrip('/')}/chat/completions"
     asked = {"model": f"{ALIAS}:harbour", "messages": [{"role": "user", "content": QUESTION}]}

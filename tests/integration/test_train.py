@@ -5,10 +5,12 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,26 +98,32 @@ def test_two_workers_take_the_steps_of_one(run, report, tmp_path):
 _KILLED = "import pickle, sys; from pipelines.training.job import train; train(pickle.load(open(sys.argv[1], 'rb')))"
 
 
-def _killed(run: TrainConfig, folder: Path) -> TrainConfig | None:
-    """A run that was killed once its checkpoint of step 4 was there; None if it was over by then, on a busy machine."""
-    config = dataclasses.replace(run, output=str(folder), workers=2, checkpoint_every=2)
-    arguments = folder.with_suffix(".pkl")
+@contextlib.contextmanager
+def _to_be_killed(config: TrainConfig) -> Iterator[subprocess.Popen]:
+    """A run in a process of its own, which is killed at the context's end with everything that it started."""
+    arguments = Path(config.output).with_suffix(".pkl")
     arguments.write_bytes(pickle.dumps(config))
-    # On a Ray of its own, killed with everything that it started.
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED, str(arguments)],
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    mark = folder / "checkpoints/step-00000004/state.json"
     try:
-        while not mark.exists() and process.poll() is None:
-            time.sleep(0.02)
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _killed(run: TrainConfig, folder: Path) -> TrainConfig | None:
+    """A run that was killed once its checkpoint of step 4 was there; None if it was over by then, on a busy machine."""
+    config = dataclasses.replace(run, output=str(folder), workers=2, checkpoint_every=2)
+    mark = folder / "checkpoints/step-00000004/state.json"
+    with _to_be_killed(config) as process:
+        while not mark.exists() and process.poll() is None:
+            time.sleep(0.02)
     assert mark.exists()
     return None if (folder / "hypernetwork").exists() else config
 
@@ -130,6 +138,21 @@ def test_a_killed_run_goes_on_as_if_undisturbed(run, report, tmp_path):
     assert measured(run, late) == pytest.approx(measured(run, report), abs=1e-4)
     norms = measured(run, report, "gradient_norm")
     assert measured(run, late, "gradient_norm") == pytest.approx(norms, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_three_random_moments_ends_as_if_undisturbed(run, report, tmp_path):
+    config = dataclasses.replace(run, output=str(tmp_path / "run"), workers=2, checkpoint_every=1)
+    moments, records, record = random.Random(0), set(), tmp_path / "run/run.json"
+    for _ in range(3):
+        with _to_be_killed(config) as process, contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(8, 25))  # from before the first step to after the last one
+        if record.exists():
+            records.add(json.loads(record.read_text())["mlflow_run"])
+    whole = train(config)
+    assert records <= {whole["mlflow_run"]}
+    assert measured(run, whole) == pytest.approx(measured(run, report), abs=1e-4)
+    assert whole["metrics"]["dev_loss"] == pytest.approx(report["metrics"]["dev_loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("first", [3, 4])

@@ -44,13 +44,17 @@ def test_an_unknown_command_is_named(capsys):
         (["ask", "--document", "{binary}", "What?"], "not UTF-8 text"),
         (["ask", "--document", "{good}", " "], "the question is empty"),
         (["ask", "--document", "{good}", "--hypernetwork", "nowhere", "What?"], "nowhere/config.json: no such file"),
-        (["ask", "--document", "{good}", "--hypernetwork", "models:/none@best", "What?"], "models:/none@best: not in"),
+        (
+            ["ask", "--document", "{good}", "--hypernetwork", "models:/none@best", "What?"],
+            "cannot be had from MLflow",
+        ),
         (["import-sakana", "x.bin", "--base", "/no/such/base", "--out", "{out}"], "'/no/such/base': no such folder"),
         (["evaluate", "needle", "--haystack", "prose"], "needs --prose FILE"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_not_a_traceback(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipelines.tracking._DEFAULT_URI", "sqlite:///none.db")
     files = {"empty": b" \n", "binary": b"\xff\xfe\x00\x81", "good": b"Some text."}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)

@@ -50,6 +50,17 @@ def test_training_has_more_kinds_than_evaluation() -> None:
     assert "Claim" in entities  # an insurance claim, which is of no evaluated kind
 
 
+def test_lists_and_held_out_names_are_of_one_file_only() -> None:
+    evaluated, training = map(load_json, WORDS)
+    assert not set(evaluated["words"]) & set(training["words"])
+    names = [
+        {name for kind in vocabulary["kinds"] for name in kind["names"] if name in vocabulary["words"]}
+        for vocabulary in (evaluated, training)
+    ]
+    held_out = {w for name in names[0] for w in evaluated["words"][name][-(len(evaluated["words"][name]) // 5) :]}
+    assert not held_out & {word for name in names[1] for word in training["words"][name]}
+
+
 @pytest.mark.parametrize("path", WORDS, ids=lambda path: path.name)
 def test_phrasings_name_entity_and_value_once(path: Path) -> None:
     vocabulary = load_json(path)

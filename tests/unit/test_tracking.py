@@ -36,15 +36,22 @@ def test_what_is_recorded_lies_beside_the_database_and_has_no_password(tmp_path:
     assert "s3cret" not in str(error.value)
 
 
-def test_registered_models_are_found_by_alias_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_models_are_found_by_alias_and_version(tmp_path: Path) -> None:
     config = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
     run = open_run(config, "run", Job("docs", config))
     client = MlflowClient(config.uri)
     first, second = (register(client, run.run_id, name, "reader") for name in ("first", "second"))
     assert registered("models:/reader@best", config.uri).endswith(f"/{run.run_id}/artifacts/second")
     assert registered(f"models:/reader/{first}", config.uri).endswith("/first")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", config.uri)
-    assert registered(f"models:/reader/{second}").endswith("/second")
-    for model, why in (("models:/reader@worst", "worst"), ("models:/writer/1", "writer"), ("models:/x", "NAME@ALIAS")):
+    assert registered(f"models:/reader/{second}", config.uri).endswith("/second")
+    for model, why in (
+        ("models:/reader@worst", r"\(.*alias worst not found.*\)"),
+        ("models:/writer/1", r"=writer not found"),
+        ("models:/x", "NAME@ALIAS"),
+    ):
         with pytest.raises(UserError, match=why):
-            registered(model)
+            registered(model, config.uri)
+    nowhere = f"sqlite:///{tmp_path}/none.db"
+    with pytest.raises(UserError, match="no such file"):
+        registered("models:/reader@best", nowhere)
+    assert not (tmp_path / "none.db").exists()
