@@ -4,7 +4,8 @@ The step between copying (the needle) and reading: biographies, product sheets, 
 as prose or as records, about one or many entities; a question asks for one attribute of one entity. Everything follows
 from the seed. Held-out documents use names, phrasings of facts and phrasings of questions that no other document has.
 The words are in `facts.json`. Of every list of names there the last fifth is held out, of every list of phrasings the
-last one: so what is alike does not stand at both ends of one. Training also has the kinds of `facts_training.json`.
+last one: so what is alike does not stand at both ends of one. Training also has the kinds of `facts_training.json`;
+those of `facts_unseen.json` it never has, nor a phrasing of theirs.
 """
 
 import random
@@ -48,6 +49,8 @@ class FactsConfig:
     """Whether names and phrasings are those of evaluation."""
     sentences: float = 0.0
     """Share of questions whose answer is a whole sentence, as a base model is apt to give it."""
+    unseen: bool = False
+    """Whether it is about a kind of things that training has none of, in phrasings of its own."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.facts <= MAX_FACTS:
@@ -114,6 +117,8 @@ def exact_match(answer: str, expected: str) -> bool:
 
 
 def _kind(config: FactsConfig, rng: random.Random) -> _Kind:
+    if config.unseen:
+        return rng.choice(_unseen().kinds)
     more = not config.held_out and rng.random() < _MORE
     return rng.choice((_for_training() if more else _evaluated()).kinds)
 
@@ -127,7 +132,7 @@ def _entities(kind: _Kind, config: FactsConfig, rng: random.Random) -> list[list
     for _ in range(config.facts - count):
         sizes[rng.choice([i for i, size in enumerate(sizes) if size < most])] += 1
     lists = (_words()[name] for name in kind.names)
-    firsts, lasts = (_side(words, len(words) // _HELD_OUT, config.held_out) for words in lists)
+    firsts, lasts = (_side(words, len(words) // _HELD_OUT, config) for words in lists)
     names = [kind.name.format(first, rng.choice(lasts)) for first in rng.sample(firsts, count)]
     used: set[str] = set()
     entities = []
@@ -171,7 +176,7 @@ def _record(facts: Sequence[_Fact]) -> str:
 def _prose(kind: _Kind, facts: Sequence[_Fact], config: FactsConfig, rng: random.Random) -> str:
     sentences = []
     for number, fact in enumerate(facts):
-        phrasing = rng.choice(_side(fact.attribute.statements, 1, config.held_out))
+        phrasing = rng.choice(_side(fact.attribute.statements, 1, config))
         again = number > 0 and rng.random() < 0.7
         name = rng.choice(kind.again).format(fact.entity.split()[-1]) if again else fact.entity
         sentences.append(_sentence(phrasing, name, fact.value))
@@ -179,7 +184,7 @@ def _prose(kind: _Kind, facts: Sequence[_Fact], config: FactsConfig, rng: random
 
 
 def _asked(fact: _Fact, config: FactsConfig, rng: random.Random) -> tuple[str, str]:
-    question = rng.choice(_side(fact.attribute.questions, 1, config.held_out)).format(name=fact.entity)
+    question = rng.choice(_side(fact.attribute.questions, 1, config)).format(name=fact.entity)
     if rng.random() >= config.sentences:
         return f"{question} {INSTRUCTION}", fact.value
     return question, _sentence(fact.attribute.statements[0], fact.entity, fact.value)
@@ -190,9 +195,11 @@ def _sentence(phrasing: str, name: str, value: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _side(words: Sequence[str], kept: int, held_out: bool) -> Sequence[str]:
-    """The part of a list that is kept for evaluation, or the rest of it."""
-    return words[-kept:] if held_out else words[:-kept]
+def _side(words: Sequence[str], kept: int, config: FactsConfig) -> Sequence[str]:
+    """The part of a list that is kept for evaluation, or the rest of it; all of it where nothing is for training."""
+    if config.unseen:
+        return words
+    return words[-kept:] if config.held_out else words[:-kept]
 
 
 @cache
@@ -202,9 +209,10 @@ def _vocabulary(file: str) -> _Vocabulary:
 
 _evaluated = partial(_vocabulary, "facts.json")
 _for_training = partial(_vocabulary, "facts_training.json")
+_unseen = partial(_vocabulary, "facts_unseen.json")
 
 
 @cache
 def _words() -> dict[str, tuple[str, ...]]:
     """All lists of words."""
-    return _evaluated().words | _for_training().words
+    return _evaluated().words | _for_training().words | _unseen().words

@@ -104,6 +104,8 @@ class EvaluateFactsConfig(ExaminerConfig):
     """Facts in a document, all of them asked for."""
     documents: tuple[int, ...] = (200, 50, 20, 10)
     """Documents of each number of facts."""
+    unseen: bool = False
+    """Facts about five kinds of things that training has none of, instead of the kinds that it has."""
     words: tuple[int, ...] = (0,)
     """The same facts alone (0), and within so many words of prose."""
     prose: str | None = None
@@ -137,7 +139,7 @@ def evaluate_facts(config: EvaluateFactsConfig) -> dict[str, Any]:
     if any(config.words) and not config.prose:
         raise UserError("--words above 0 needs --prose FILE, the texts to put the facts into")
     prose = load_prose(config.prose, held_out=True) if config.prose else []
-    exams = qa_data.from_facts(config.facts, config.documents, config.seed, config.words, prose)
+    exams = qa_data.from_facts(config.facts, config.documents, config.seed, config.words, prose, config.unseen)
     return _evaluate("facts", config, exams)
 
 

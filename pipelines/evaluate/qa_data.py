@@ -90,7 +90,12 @@ def from_parquet(
 
 
 def from_facts(
-    counts: Sequence[int], documents: Sequence[int], seed: int, words: Sequence[int] = (0,), prose: Sequence[str] = ()
+    counts: Sequence[int],
+    documents: Sequence[int],
+    seed: int,
+    words: Sequence[int] = (0,),
+    prose: Sequence[str] = (),
+    unseen: bool = False,
 ) -> list[Exam]:
     """Held-out documents of generated facts, a group for each count and each length.
 
@@ -100,6 +105,7 @@ def from_facts(
         seed: makes them; the same facts whatever the length.
         words: of prose around the facts.
         prose: where it is taken from.
+        unseen: whether they are of kinds that training has none of.
     """
     exams = []
     for around in words:
@@ -107,7 +113,7 @@ def from_facts(
             group = f"{facts} fact{'s' if facts > 1 else ''}{f' in {around:,} words' if around else ''}"
             for number in range(many):
                 own = seed + facts * 1_000_003 + number
-                sample = make_facts(FactsConfig(facts, held_out=True), own)
+                sample = make_facts(FactsConfig(facts, held_out=True, unseen=unseen), own)
                 if around:
                     sample = replace(sample, document=_within(sample.document, around, prose, random.Random(own)))
                 exams.append(Exam(group, number, sample, tuple((answer,) for answer in sample.answers)))
