@@ -71,6 +71,8 @@ def test_an_evaluation_of_facts_asks_under_every_condition_and_goes_on(config):
         evaluate_facts(dataclasses.replace(config, seed=5))
     with pytest.raises(UserError, match="another setting"):
         evaluate_facts(dataclasses.replace(config, rank=config.rank - 1))
+    with pytest.raises(UserError, match="another setting"):
+        evaluate_facts(dataclasses.replace(config, unseen=True))
     with pytest.raises(UserError, match="--words above 0 needs --prose"):
         evaluate_facts(dataclasses.replace(config, words=(0, 100)))
 
