@@ -268,9 +268,13 @@ def test_answers_are_found_in_their_documents(tokenizer):
         assert read[:shared].casefold() == said[:shared].casefold()
     found = set(tokens.tolist())
     assert not found & set(ends.tolist())
-    assert len(found & set(firsts.tolist())) > 0.85 * len(ends)  # some answers are cut in two
-    assert len(found) > 0.75 * (len(batch.labels) - len(ends))
-    owners = np.repeat(np.arange(10), batch.questions).repeat(batch.answer_lengths)
+    asked = np.repeat(np.arange(10), batch.questions)
+    for first, end, owner in zip(firsts, ends, asked, strict=True):
+        answer = tokenizer.decode(batch.labels[first:end]).strip().casefold()
+        whole = any(answer in tokenizer.decode(chunk).casefold() for chunk in documents[owner].chunks)
+        assert first in found or not whole  # some are cut in two
+    assert len(found) > 0.7 * (len(batch.labels) - len(ends))
+    owners = asked.repeat(batch.answer_lengths)
     assert (owners[tokens] == np.arange(10).repeat(batch.chunks_per_document)[rows]).all()
 
 
