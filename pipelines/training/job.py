@@ -27,7 +27,7 @@ from pipelines import cluster, recipes, tracking
 from pipelines.recipes import Recipe
 from pipelines.tracking import TrackingConfig
 from pipelines.training.board import shown
-from pipelines.training.checkpoints import StepFolders, fetched, upload
+from pipelines.training.checkpoints import StepFolders, upload
 from pipelines.training.loop import BEST, CHECKPOINTS, LoopConfig, train_worker
 from pipelines.training.stages import StageData, open_stages
 from pipelines.training.stream import DataConfig
@@ -295,8 +295,7 @@ def _finish(config: TrainConfig, recipe: Recipe, storage: Storage, metrics: dict
     step = best.latest()
     source = last.url(recipe.steps) if step is None else best.url(step)
     base = load_base_model(recipe.base, "cpu", config.dtype)
-    with fetched(source) as folder:
-        hypernetwork = Hypernetwork.from_pretrained(folder, base, torch.float32)
+    hypernetwork = Hypernetwork.from_pretrained(source, base, torch.float32)
     card = _card(base.name, config, recipe, metrics, recipe.steps if step is None else step)
     hypernetwork.save_pretrained(local, card, base.dtype)
     upload(local, storage.url(_HYPERNETWORK), mark="config.json")
