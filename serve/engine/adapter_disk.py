@@ -1,8 +1,8 @@
 """Adapters from object storage, kept on this machine's disk: what memory has let go comes back without a download.
 
 All engines of a machine share one folder. Adapters never change, so a copy is right for ever; one that is damaged, or
-that another engine evicts while it is read, is fetched again. What is erased from a store stays until its place is
-needed. A thread writes: nobody waits for it.
+that another engine evicts while it is read, is fetched again. But what is erased from a store must not stay here, so a
+copy goes when it is a day old. A thread writes: nobody waits for it.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from d2l.store import AdapterStore
 
 _PENDING = 32
 """Adapters that wait to be written at most; what comes meanwhile is not kept."""
+_MAX_AGE_S = 24 * 3600.0
+"""Of a copy."""
+_SWEEP_S = 600.0
+"""Pause between looks for copies that are too old."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,6 +44,9 @@ class AdapterDisk:
         self._folder = folder or cache_folder() / "adapters"
         self._writer = ThreadPoolExecutor(1, "adapter-disk")
         self._pending = threading.Semaphore(_PENDING)
+        self._closed = threading.Event()
+        if self._capacity:
+            threading.Thread(target=self._sweep, name="adapter-disk-sweep", daemon=True).start()
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
         """As `AdapterStore.get`."""
@@ -58,6 +66,7 @@ class AdapterDisk:
 
     def close(self) -> None:
         """Wait for what is being written; then keep nothing more."""
+        self._closed.set()
         self._writer.shutdown()
 
     def _keep(self, adapter: Adapter, folder: Path) -> None:
@@ -69,9 +78,25 @@ class AdapterDisk:
         finally:
             self._pending.release()
 
+    def _sweep(self) -> None:
+        while True:
+            try:
+                self._evict()
+            except OSError as error:
+                logger.warning("old copies of adapters are not removed: %s", error)
+            if self._closed.wait(_SWEEP_S):
+                return
+
     def _evict(self) -> None:
-        """Remove the folders that were used least recently until the others fit."""
-        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in self._folder.iterdir()}
+        """Remove what is too old, then the folders that were used least recently until the others fit."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sizes: dict[Path, int] = {}
+        for folder in self._folder.iterdir():
+            files = [file.stat() for file in folder.iterdir()]
+            if files and min(file.st_mtime for file in files) < time.time() - _MAX_AGE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                sizes[folder] = sum(file.st_size for file in files)
         excess = sum(sizes.values()) - self._capacity
         for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
             if excess <= 0:

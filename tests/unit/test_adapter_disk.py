@@ -1,5 +1,6 @@
 """Adapters on disk in front of object storage: fetched once, bounded, right whatever happens to the copies."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -77,6 +78,22 @@ def test_the_least_recently_used_make_room(store: AdapterStore, tmp_path: Path):
         else:
             with pytest.raises(UserError):
                 disk.get("default", name(number))
+
+
+def test_what_is_erased_from_the_store_is_gone_a_day_later(store: AdapterStore, tmp_path: Path):
+    for number in (0, 1):
+        get(AdapterDisk(store, 10**9, tmp_path), number)
+        store.remove("default", name(number))
+    first, _ = sorted(tmp_path.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    yesterday = time.time() - 25 * 3600
+    for file in first.iterdir():
+        os.utime(file, (yesterday, yesterday))
+    disk = AdapterDisk(store, 10**9, tmp_path)  # looks by itself, without a request
+    while first.exists():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="not a complete adapter"):
+        disk.get("default", name(0))
+    assert disk.get("default", name(1)).rank == 5
 
 
 def test_nobody_waits_for_the_disk(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
