@@ -1,11 +1,14 @@
 """The selector deployment: which of a tenant's documents a question is about, for the model name `base:auto`.
 
 Question and documents are compared by their embeddings and tokens (`d2l.ranking`), which conversion and uploads write
-into the catalogue. A tenant's are read from the table when it asks first, and again after its documents have changed.
+into the catalogue. A tenant's are read from the table when it asks first, and again after its documents have changed;
+meanwhile it is answered from what was known before.
 """
 
 import asyncio
+import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +22,8 @@ from serve.errors import storage_error
 
 _TAIL_S = 1.0
 """Pause between looks at the catalogue."""
+_IDLE_S = 600.0
+"""How long a tenant's documents are kept in memory after its last question."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,6 +35,18 @@ class Choice:
     doc_id: str
     similarity: float
     """Cosine of the embeddings, at most 1."""
+
+
+@dataclass
+class _Index:
+    """A tenant's documents, ready to be asked about."""
+
+    events: list[Event]
+    ranking: Ranking | None
+    """None where there are no documents."""
+    stale: bool = False
+    asked: float = 0.0
+    """When, by the monotonic clock."""
 
 
 @serve.deployment
@@ -44,7 +61,7 @@ class Selector:
     async def __init__(self, store: str, embedding: str):
         self._embedder = await asyncio.to_thread(Embedder, EmbeddingModel.of(embedding))
         self._catalogue = await asyncio.to_thread(Catalogue, store)
-        self._indexes: dict[str, tuple[list[Event], Ranking | None]] = {}
+        self._indexes: dict[str, _Index] = {}
         self._using_table = asyncio.Lock()
         self._tailing = asyncio.create_task(self._tail())
 
@@ -59,12 +76,12 @@ class Selector:
         Raises:
             ApiError: the storage fails.
         """
-        events, ranking = await self._index(tenant)
-        if ranking is None:
+        index = await self._index(tenant)
+        if index.ranking is None:
             return None
         asked = await self._embed(question)
-        best, similarity = ranking.best(np.array(asked.vector, np.float32), asked.terms, least)
-        return Choice(events[best].doc_id, similarity)
+        best, similarity = index.ranking.best(np.array(asked.vector, np.float32), asked.terms, least)
+        return Choice(index.events[best].doc_id, similarity)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
@@ -75,28 +92,38 @@ class Selector:
     async def _embed(self, questions: list[str]) -> list[Embedding]:
         return await asyncio.to_thread(self._embedder, questions)
 
-    async def _index(self, tenant: str) -> tuple[list[Event], Ranking | None]:
-        """The tenant's documents, ready to be asked about; None where there are none."""
-        if found := self._indexes.get(tenant):
-            return found
-        async with self._using_table:
-            if tenant not in self._indexes:
-                try:
-                    self._indexes[tenant] = await asyncio.to_thread(self._read, tenant)
-                except UserError as error:
-                    raise storage_error(error) from error
-            return self._indexes[tenant]
+    async def _index(self, tenant: str) -> _Index:
+        if tenant not in self._indexes:
+            async with self._using_table:
+                if tenant not in self._indexes:
+                    try:
+                        self._indexes[tenant] = await asyncio.to_thread(self._read, tenant)
+                    except UserError as error:
+                        raise storage_error(error) from error
+        index = self._indexes[tenant]
+        index.asked = time.monotonic()
+        return index
 
-    def _read(self, tenant: str) -> tuple[list[Event], Ranking | None]:
+    def _read(self, tenant: str) -> _Index:
         events, vectors_ND, terms_NT = self._catalogue.embeddings(tenant, self._embedder.name)
-        return events, Ranking(vectors_ND, terms_NT) if events else None
+        return _Index(events, Ranking(vectors_ND, terms_NT) if events else None)
 
     async def _tail(self) -> None:
         while True:
             await asyncio.sleep(_TAIL_S)
             try:
                 async with self._using_table:
-                    for event in await asyncio.to_thread(self._catalogue.refresh):
-                        self._indexes.pop(event.tenant, None)
+                    await self._refresh()
             except UserError as error:  # storage comes back; until then what is known is chosen from
                 logger.warning("catalogue not followed: %s", error)
+
+    async def _refresh(self) -> None:
+        for event in await asyncio.to_thread(self._catalogue.refresh):
+            if index := self._indexes.get(event.tenant):
+                index.stale = True
+        idle = time.monotonic() - _IDLE_S
+        self._indexes = {tenant: index for tenant, index in self._indexes.items() if index.asked > idle}
+        for tenant, index in self._indexes.items():
+            if index.stale:
+                renewed = await asyncio.to_thread(self._read, tenant)
+                self._indexes[tenant] = dataclasses.replace(renewed, asked=index.asked)
