@@ -48,6 +48,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         options = [option for option in arguments if option is not type(None)]
+        if isinstance(value, dict) and len(options) > 1:
+            return from_dict(_meant(options, value, where), value, where)
         return value if value is None or len(options) != 1 else _convert(options[0], value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
@@ -62,6 +64,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and not isinstance(value, hint):
         raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def _meant(options: list[Any], values: dict[str, Any], where: str) -> Any:
+    """Of several dataclasses the one that has all the fields and the fewest others, which are of later versions."""
+    names = {option: {f.name for f in dataclasses.fields(option)} for option in options}
+    fitting = [option for option in options if values.keys() <= names[option]]
+    if not fitting:
+        kinds = ", ".join(option.__name__ for option in options)
+        raise UserError(f"{where}: fields {', '.join(values)} are of none of {kinds}")
+    return min(fitting, key=lambda option: len(names[option]))
 
 
 def save_json(values: dict[str, Any], path: Path) -> None:

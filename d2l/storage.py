@@ -254,6 +254,8 @@ def _write_local(path: Path, data: bytes, appear: Callable[[str, Path], None]) -
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())  # or after a power failure the file might be there, but empty
         Path(partial).chmod(0o644)
         appear(partial, path)
     finally:

@@ -173,8 +173,9 @@ def facts() -> Recipe:
 def qa() -> Recipe:
     """Answer questions about documents of a training set: by way of generated facts, then both, then longer documents.
 
-    Made for paragraphs: only documents of up to 512 tokens are learned from, in the end up to 2,048. They are read
-    twice, and reading is learned with the rest: by where questions are to look for their answers.
+    Made for paragraphs: only documents that fill a batch at most are learned from, of up to 488 tokens, in the end up
+    to 1,880. They are read twice, and reading is learned with the rest: by where questions are to look for their
+    answers.
     """
     keyed, prose = 0.6, 0.5
     easy = (

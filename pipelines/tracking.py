@@ -152,7 +152,7 @@ def git_tags() -> dict[str, str]:
 
 
 class Tracker:
-    """Records a training run from its first worker. A thread does the writing, so that training never waits for it."""
+    """Records a training run from its first worker. A thread writes metrics, so that steps do not wait for it."""
 
     def __init__(self, config: TrackingConfig):
         mlflow.set_tracking_uri(config.uri)
@@ -190,10 +190,18 @@ class Tracker:
             written = 0
             with forgiven("metrics; they are kept and tried again"):
                 while written < len(taken):
-                    self._client.log_batch(self._run_id, metrics=taken[written : written + 1000])
+                    self._write(taken[written : written + 1000])
                     written += 1000
             with self._lock:
                 self._pending = (taken[written:] + self._pending)[-_MOST_PENDING:]
+
+    def _write(self, metrics: list[Metric]) -> None:
+        try:
+            self._client.log_batch(self._run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            logging.getLogger(__name__).warning("MLflow refuses some metrics for good: %s", _reason(error))
 
     def _work(self) -> None:
         while not self._closing.wait(_FLUSH_SECONDS):

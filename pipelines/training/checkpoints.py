@@ -5,6 +5,7 @@ are written locally first and then uploaded by a thread, while training goes on.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,6 +80,8 @@ class StepFolders:
             self._storage.filesystem.makedirs(self._storage.path(name), exist_ok=True)
             for path in Path(folder).iterdir():
                 self._storage.filesystem.put_file(str(path), self._storage.path(f"{name}/{path.name}"))
+            if self._storage.is_local:
+                os.sync()  # or after a power failure there might be the mark alone
             self._storage.create(f"{name}/{MARK}", json.dumps(state).encode())
             whole = sorted(self._steps(whole=True))
             broken = {other for other in self._steps(whole=False) if other < step} - set(whole)
@@ -92,11 +95,8 @@ class StepFolders:
             self._storage.filesystem.rm(self._storage.path(name), recursive=True)
 
     def _steps(self, whole: bool) -> list[int]:
-        pattern = self._storage.path("step-*/" + (MARK if whole else "*"))
-        with reported(self._storage.url()):
-            found = self._storage.filesystem.glob(pattern)
-        names = {path.rstrip("/").split("/")[-2] for path in found}
-        return [int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()]
+        steps = [int(step) for name in self._storage.names("") if (step := name.removeprefix("step-")).isdigit()]
+        return [step for step in steps if not whole or self._storage.exists(f"{_name(step)}/{MARK}")]
 
 
 @contextmanager
@@ -121,12 +121,15 @@ def fetched(url: str) -> Iterator[Path]:
 
 
 def upload(local: Path, url: str, mark: str) -> None:
-    """Copy a local folder's files to `url`, the file `mark` last.
+    """Copy a local folder's files to `url`, the file `mark` last; nothing if that one is there as it is.
 
     Raises:
         UserError: it cannot be written.
     """
     storage = Storage(url)
+    if storage.exists(mark) and storage.read(mark) == (local / mark).read_bytes():
+        return
+    storage.remove(mark)
     with reported(url):
         storage.filesystem.makedirs(storage.path(), exist_ok=True)
         for path in sorted(local.iterdir(), key=lambda path: path.name == mark):

@@ -89,6 +89,9 @@ class TrainConfig:
         made, addressing = self.recipe.hypernetwork, self.recipe.loss.addressing
         if made.reading_modules and not addressing and not self.init_from:
             raise UserError("reading_modules learn by addressing alone: set recipe.loss.addressing, or leave them out")
+        for option in ("checkpoint_every", "keep_checkpoints"):
+            if (value := getattr(self, option)) < 1:
+                raise UserError(f"{option}: at least 1, got {value}")
 
 
 def needle_run() -> TrainConfig:
@@ -182,12 +185,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / _HYPERNETWORK
             _finish(config, recipe, storage, metrics, local)
+            recorded = False
             with tracking.forgiven("the results"):
                 client.log_artifacts(record.run_id, str(local), _HYPERNETWORK)
+                recorded = True
                 tracking.plot_curves(client, record.run_id, Path(folder) / "curves.png")
                 storage.filesystem.put_file(f"{folder}/curves.png", storage.path("curves.png"))
             version = None
             if config.register:
+                if not recorded:
+                    url = storage.url(_HYPERNETWORK)
+                    raise UserError(f"{url}: not registered, for MLflow did not take it; give the same command again")
                 version = tracking.register(client, record.run_id, _HYPERNETWORK, config.register)
     return {
         "steps": recipe.steps,
@@ -224,9 +232,12 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     """The MLflow run of this output folder: a new one, or that of the run that is continued.
 
     Raises:
-        UserError: the folder has the run of another recipe.
+        UserError: the folder has the run of another recipe, or of other data.
     """
     plain = to_dict(recipe)
+    digests = {
+        source.rows.what: source.rows.digest for stage in stages for source in stage.sources if hasattr(source, "rows")
+    }
     run_id = ""
     if storage.exists(_RUN_FILE):
         run = json.loads(storage.read(_RUN_FILE))
@@ -236,20 +247,21 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
                 f"{storage.url()}: has a run of another recipe; it differs in {', '.join(differing[:8])}. "
                 "Give another --output, and --init-from to start from that run's weights"
             )
+        if changed := sorted(what for what, digest in run.get("data", digests).items() if digests.get(what) != digest):
+            raise UserError(
+                f"{', '.join(changed)}: other files than when the run in {storage.url()} began, whose place in them is "
+                "lost. Bring them back, or give another --output, and --init-from to start from that run's weights"
+            )
         run_id = run["mlflow_run"]
-    digests = {
-        f"data/{source.rows.what}": source.rows.digest
-        for stage in stages
-        for source in stage.sources
-        if hasattr(source, "rows")
-    }
     name = storage.root.rsplit("/", 1)[-1]
-    opened = replace(config.tracking, run_id=run_id)
-    record = tracking.open_run(opened, name, replace(config, recipe=recipe), tracking.git_tags() | digests)
+    opened = replace(config.tracking, run_id=run_id or config.tracking.run_id)
+    tags = tracking.git_tags() | {f"data/{what}": digest for what, digest in digests.items()}
+    record = tracking.open_run(opened, name, replace(config, recipe=recipe), tags)
     if record.run_id != run_id:
         with tracking.forgiven("the recipe"):
             tracking.log_json(record, plain, "recipe.json")
-        storage.replace(_RUN_FILE, json.dumps({"mlflow_run": record.run_id, "recipe": plain}, indent=2).encode())
+        run = {"mlflow_run": record.run_id, "recipe": plain, "data": digests}
+        storage.replace(_RUN_FILE, json.dumps(run, indent=2).encode())
     return record
 
 

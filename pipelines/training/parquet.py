@@ -105,7 +105,9 @@ def open_row_groups(path: str, columns: list[str], split: str) -> RowGroups | No
     """
     storage = Storage(path)
     with reported(path):
-        names = sorted(storage.filesystem.glob(f"{storage.path(split)}/*.parquet"))
+        names = sorted(storage.path(f"{split}/{name}") for name in storage.names(split) if name.endswith(".parquet"))
+        if names and storage.exists("settings.json") and not storage.exists("statistics.json"):
+            raise UserError(f"{path}: `d2l prepare` has not finished it; give its command again")
         if not names and path.endswith(".parquet") and storage.exists(""):
             names = [storage.path()] if split == "train" else []
     if not names and split == "dev":

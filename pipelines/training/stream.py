@@ -148,9 +148,10 @@ class StepStream:
             skipped: Counter[str] = Counter()
             while not all(waiting.values()):
                 shard, window, batches, reasons = next(rows)
-                skipped += reasons
                 after = [Position(window, i + 1) for i in range(len(batches) - 1)] + [Position(window + 1)]
                 taken = positions[shard].taken if window == positions[shard].window else 0
+                if not taken:  # else it was read, and counted, before the run was interrupted
+                    skipped += reasons
                 waiting[shard] += list(zip(batches, after, strict=False))[taken:]
                 empty[shard] = 0 if batches else empty[shard] + 1
                 if empty[shard] == _EMPTY_WINDOWS:

@@ -343,7 +343,7 @@ class _Questions(_Rows):
             more["text"] = (text, questions, texts)
         elif self.task.targets != "answers":
             if row["teacher_ids"] is None:
-                skipped["documents without the teacher's targets"] += 1
+                skipped["documents without targets of the teacher"] += 1
                 return None
             more["targets"] = [self._stored(row, i, len(answer)) for i, answer in zip(kept, answers, strict=True)]
         return self._tokenised(tokenizer, ids, questions, answers, rng, **more)

@@ -27,6 +27,7 @@ from d2l.hypernetwork import Hypernetwork, HypernetworkConfig, read_config
 from d2l.storage import Storage
 from pipelines.recipes import OptimizerConfig, Recipe, Share, Stage
 from pipelines.tracking import TrackingConfig, registered
+from pipelines.training import job
 from pipelines.training.job import TrainConfig, train
 from pipelines.training.stages import open_stages
 from pipelines.training.stream import StepStream
@@ -234,7 +235,47 @@ def test_another_recipe_does_not_go_into_the_folder_of_a_run(run, report):
         train(dataclasses.replace(run, recipe=other))
 
 
+def test_a_run_does_not_go_on_with_other_data(run, tmp_path, monkeypatch):
+    def write(*answers):
+        rows = [{"document": "A is 1.", "questions": ["A?"], "answers": [answer]} for answer in answers]
+        (tmp_path / "set/train").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set/train/0.parquet")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "_fit", killed)
+    recipe = dataclasses.replace(
+        run.recipe, stages=(Stage(1, (Share(QuestionsTask()),)),), data=str(tmp_path / "set"), dev_documents=0
+    )
+    begun = dataclasses.replace(run, recipe=recipe, output=str(tmp_path / "run"))
+    write("1")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(begun)
+    write("1", "2")
+    with pytest.raises(UserError, match=r"/set: other files than when the run in .*/run began"):
+        train(begun)
+
+
+def test_what_mlflow_has_not_taken_is_not_registered(run, report, monkeypatch):
+    def refused(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", refused)
+    with pytest.raises(UserError, match="not registered, for MLflow did not take it"):
+        train(dataclasses.replace(run, register="tiny"))
+    monkeypatch.undo()
+    client = MlflowClient(run.tracking.uri)
+    assert len(client.search_model_versions("name='tiny'")) == 1
+    train(dataclasses.replace(run, register="tiny"))
+    assert client.get_model_version_by_alias("tiny", "best").version == "2"
+
+
 def test_mistakes_are_named(run, tmp_path):
+    for option in ("checkpoint_every", "keep_checkpoints"):
+        with pytest.raises(UserError, match=f"{option}: at least 1, got 0"):
+            dataclasses.replace(run, **{option: 0})
     with pytest.raises(UserError, match="nowhere"):
         train(dataclasses.replace(run, init_from="nowhere"))
     with pytest.raises(UserError, match="3 workers cannot share the 2 batches"):

@@ -41,6 +41,14 @@ def test_what_has_no_mark_is_ignored_and_removed_in_time(root):
     assert folders.latest() == 5
 
 
+def test_a_run_may_lie_anywhere(tmp_path):
+    folders = StepFolders(str(tmp_path / "of [today] *?"), "checkpoints", keep=1)
+    for step in (3, 20):
+        write(folders, step)
+    assert folders.latest() == 20
+    assert folders._steps(whole=False) == [20]
+
+
 def test_a_failing_writer_leaves_nothing(root):
     folders = StepFolders(root, "checkpoints", keep=2)
     with pytest.raises(ZeroDivisionError), folders.writing(1, {}):
@@ -91,6 +99,33 @@ def test_a_folder_comes_back_as_it_was_sent(root, tmp_path):
     upload(local, f"{root}/out", mark="a")
     with fetched(f"{root}/out") as folder:
         assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "one", "z.json": "{}"}
+
+
+def test_a_result_that_is_there_is_left_alone_and_another_one_replaces_it(root, tmp_path, monkeypatch):
+    local = tmp_path / "local"
+    local.mkdir()
+
+    def send(version, **others):
+        for name, text in {"weights": version, "mark": version, **others}.items():
+            (local / name).write_text(text)
+        upload(local, f"{root}/out", mark="mark")
+
+    send("1")
+    send("1", card="says the same")
+    storage = Storage(f"{root}/out")
+    assert not storage.exists("card")
+
+    def fails(*_):
+        assert not storage.exists("mark")  # half a result is none
+        raise PermissionError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.filesystem, "put_file", fails)
+        with pytest.raises(UserError, match="no more"):
+            send("2")
+    assert not storage.exists("mark")
+    send("2")
+    assert {storage.read(name) for name in ("weights", "mark")} == {b"2"}
 
 
 def test_a_missing_folder_is_named(s3_bucket):

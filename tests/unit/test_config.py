@@ -90,6 +90,34 @@ def test_what_is_wrong_is_refused_by_name(changes: dict[str, Any], message: str)
         from_dict(Outer, {"name": "n", "inner": {"x": 1}} | changes)
 
 
+@dataclass(frozen=True)
+class Circle:
+    radius: float
+    colour: str = "black"
+
+
+@dataclass(frozen=True)
+class Ring:
+    radius: float
+    width: float = 1.0
+    colour: str = "black"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shapes: tuple[Circle | Ring, ...]
+
+
+def test_one_of_several_classes_is_told_by_its_fields() -> None:
+    drawing = Drawing((Circle(2.0), Ring(3.0, 0.5)))
+    assert from_dict(Drawing, to_dict(drawing)) == drawing
+    assert from_dict(Drawing, {"shapes": [{"radius": 2}, {"radius": 3, "width": 2}]}) == Drawing(
+        (Circle(2.0), Ring(3.0, 2.0))
+    )
+    with pytest.raises(UserError, match=r"Drawing\.shapes: fields side are of none of Circle, Ring"):
+        from_dict(Drawing, {"shapes": [{"side": 1}]})
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(UserError, match=r"settings of the day: missing field\(s\) inner, name"):
         from_dict(Outer, {}, "settings of the day")

@@ -7,7 +7,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from d2l.errors import UserError
-from pipelines.tracking import TrackingConfig, open_run, register, registered
+from pipelines.tracking import Tracker, TrackingConfig, open_run, register, registered
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ def test_what_is_recorded_lies_beside_the_database_and_has_no_password(tmp_path:
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot") as error:
         open_run(TrackingConfig("http://ann:s3cret@127.0.0.1:9"), "run", config)
     assert "s3cret" not in str(error.value)
+
+
+def test_a_metric_that_mlflow_refuses_does_not_end_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
+    run = open_run(config, "run", Job("docs", config))
+    tracker = Tracker(run)
+    tracker.log(1, {"answers' length": 3.0})
+    tracker.flush()
+    assert "refuses some metrics" in caplog.text
+    tracker.log(2, {"loss": 1.5})
+    tracker.close()
+    assert MlflowClient(config.uri).get_run(run.run_id).data.metrics["loss"] == 1.5
 
 
 def test_registered_models_are_found_by_alias_and_version(tmp_path: Path) -> None:

@@ -133,6 +133,15 @@ def test_a_share_of_batches_has_questions_of_other_documents(tiny_llama):
     assert all(len(b.documents) > 1 for b in batches if b.unrelated)
 
 
+def test_a_set_that_is_still_being_made_is_refused(tmp_path):
+    data = write_rows(tmp_path / "train", [{"document": "a", "questions": ["b?"], "answers": ["c"]}])
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="`d2l prepare` has not finished it"):
+        open_row_groups(data, ["document"], "train")
+    (tmp_path / "statistics.json").write_text("{}")
+    assert open_row_groups(data, ["document"], "train").count == 1
+
+
 def test_what_cannot_be_used_is_counted(tiny_llama, tmp_path):
     good = "The magic number is 12."
     rows = [
