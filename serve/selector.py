@@ -119,7 +119,7 @@ class Selector:
 
     async def _refresh(self) -> None:
         for event in await asyncio.to_thread(self._catalogue.refresh):
-            if index := self._indexes.get(event.tenant):
+            if event.event != "failed" and (index := self._indexes.get(event.tenant)):
                 index.stale = True
         idle = time.monotonic() - _IDLE_S
         self._indexes = {tenant: index for tenant, index in self._indexes.items() if index.asked > idle}

@@ -120,7 +120,7 @@ class CatalogueDeployment:
         Args:
             event: an upload that is ready, or a deletion.
             key: whose.
-            accepted: of an upload that was accepted before: it is dated so, and what has come since stays current.
+            accepted: when an upload came: it is dated so, and what has come since stays current.
 
         Raises:
             ApiError: there is nothing to delete, the key's limits leave no room, or the storage fails.
@@ -131,6 +131,10 @@ class CatalogueDeployment:
         written, position = await waiting.done
         await self._feed.delivered(position)
         return written
+
+    async def now(self, tenant: str, doc_id: str) -> datetime:
+        """The time, by the clock that dates a document's events."""
+        return self._now(tenant, doc_id)
 
     async def accept(self, upload: Upload) -> Upload:
         """Tell all gateways of an upload that goes on; the upload, with the time."""
@@ -148,8 +152,7 @@ class CatalogueDeployment:
     async def _tell(self, upload: Upload) -> None:
         self._uploads.pop((upload.tenant, upload.doc_id), None)
         self._uploads[upload.tenant, upload.doc_id] = upload
-        while len(self._uploads) > _MOST_UPLOADS:
-            del self._uploads[next(iter(self._uploads))]
+        forget_oldest(self._uploads)
         await self._feed.delivered(await self._feed.publish([upload]))
 
     async def admit(self, key: ApiKey) -> None:
@@ -262,6 +265,12 @@ class CatalogueDeployment:
                 await step()
             except (UserError, OSError) as error:  # storage comes back; until then what is known is served
                 logger.warning("catalogue not followed: %s", error)
+
+
+def forget_oldest(uploads: dict[tuple[str, str], Upload]) -> None:
+    """Bound what is remembered, in the same way wherever it is."""
+    while len(uploads) > _MOST_UPLOADS:
+        del uploads[next(iter(uploads))]
 
 
 def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, arriving: Iterable[Event] = ()) -> None:

@@ -6,6 +6,7 @@ of two of rows for each module, and the layers: one large composition does not m
 adapters of a hypernetwork share is there once, and one product for all their rows.
 """
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,8 @@ class Table:
         """A [layers, 1, rank, d_in], B [layers, 1, rank, d_out], of the modules that all slots have in common."""
         self._ranks = ranks
         self._zeros = partial(torch.zeros, dtype=base.dtype, device=base.device)
-        self._adapters: list[Adapter | None] = []
+        # Weakly: who holds an adapter counts its bytes, and a slot has a copy.
+        self._adapters: list[weakref.ref[Adapter] | None] = []
         self._users: Counter[int] = Counter()
 
     @property
@@ -41,13 +43,13 @@ class Table:
 
     def acquire(self, adapter: Adapter) -> int:
         """The adapter's index in the table."""
-        index = next((i for i, there in enumerate(self._adapters) if there is adapter), None)
+        index = next((i for i, there in enumerate(self._adapters) if there and there() is adapter), None)
         if index is None:
             # The first free one: those in use stay together, as a batched product over a range of them wants it.
             index = next((i for i in range(len(self._adapters)) if not self._users[i]), len(self._adapters))
             self._adapters[index : index + 1] = [None]
             self._write(adapter, index)
-            self._adapters[index] = adapter
+            self._adapters[index] = weakref.ref(adapter)
         self._users[index] += 1
         return index
 

@@ -9,6 +9,7 @@ a batch, vLLM decides. Prompts go to it as tokens and tokens come back, so texts
 import asyncio
 import ctypes
 import itertools
+import logging
 import os
 import shlex
 import shutil
@@ -44,6 +45,8 @@ _MAX_ADAPTERS = 16
 """Different adapters in one batch at most."""
 _START_S = 900.0
 """How long the server may take until it answers."""
+
+logger = logging.getLogger("ray.serve")
 
 
 class VllmBatcher:
@@ -127,6 +130,11 @@ class VllmBatcher:
             raise ApiError(500, "The engine ended the answer early. Try again.", "engine_failed")
         except openai.APIConnectionError:
             raise ApiError(503, "The engine is gone. Try again.", "replica_unavailable") from None
+        except openai.BadRequestError as error:  # vLLM was given a window smaller than the model's, say
+            raise ApiError(400, f"The engine refuses this: {error.message}") from None
+        except openai.APIStatusError as error:  # not sent on: it cannot be pickled
+            logger.error("vLLM failed: %s", error)
+            raise ApiError(503, "The engine failed. Try again.", "engine_failed") from None
         finally:
             self._open -= 1
 
@@ -179,12 +187,16 @@ class VllmBatcher:
         if adapter.rank > self.max_rank:
             raise adapter_error(UserError(f"its rank is {adapter.rank}; the engine vllm takes {self.max_rank} at most"))
         name = str(next(self._numbers))
+        folder = self._folder / name
         try:
-            await asyncio.to_thread(adapter.save, self._folder / name)
-        except UserError as error:
-            raise adapter_error(error) from error
-        body = {"lora_name": name, "lora_path": str(self._folder / name)}
-        await self._client.post("/load_lora_adapter", cast_to=str, body=body)
+            await asyncio.to_thread(adapter.save, folder)
+            body = {"lora_name": name, "lora_path": str(folder)}
+            await self._client.post("/load_lora_adapter", cast_to=str, body=body)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, UserError | openai.APIStatusError):
+                raise adapter_error(UserError(str(error))) from error
+            raise
         return name
 
     def _forget(self, key: int, loop: asyncio.AbstractEventLoop) -> None:

@@ -61,7 +61,8 @@ def build_app(backend: Backend) -> FastAPI:
     about = "OpenAI-compatible answers from documents that became LoRA adapters."
     app = FastAPI(title="Doc-to-LoRA", description=about)
     handle_errors(app)
-    app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, larger={DOCUMENTS: MAX_DOCUMENT_BYTES})
+    larger = {DOCUMENTS: MAX_DOCUMENT_BYTES}
+    app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, larger=larger, seconds=backend.timeout_s)
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:

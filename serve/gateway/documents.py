@@ -6,9 +6,11 @@ one is answered with 202 at once; GET tells when it is ready, or why it is not.
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, repeat
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -40,6 +42,9 @@ _MOST_GOING_ON = 64
 """Long documents that a gateway has in memory at most ..."""
 _GOING_ON_AT_ONCE = 4
 """... and those of them that internalizers have."""
+_MOST_TRYING_S = 3600.0
+_PAUSES_S = (1.0, 4.0, 15.0, 60.0)
+"""Between tries of a long document where the fault is not its own; the last again and again."""
 _MOST_READ = 8
 """Files that wait for a gateway's reader at most."""
 _MULTIPART = "multipart/form-data"
@@ -79,7 +84,7 @@ def documents_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix=DOCUMENTS, tags=["documents"])
     caller = Annotated[ApiKey, Depends(backend.caller())]
     catalogue = backend.directory.catalogue
-    uploads, files = _Uploads(backend), _Files()
+    uploads, files = _Uploads(backend), _Files(backend)
 
     @router.post("", status_code=201, response_model=None, openapi_extra=_BODY)
     async def upload(request: Request, key: caller) -> JSONResponse:
@@ -91,7 +96,8 @@ def documents_router(backend: Backend) -> APIRouter:
         if len(given.text) > LONG_CHARACTERS:
             return JSONResponse(await uploads.begin(given, key), 202)
         async with backend.deadline():
-            event = await uploads.finish(given, key)
+            received = await backend.catalogue.now.remote(key.tenant, given.doc_id)
+            event = await uploads.finish(given, key, received)
         return JSONResponse(_ready(backend.alias, event), 201)
 
     @router.get("")
@@ -169,9 +175,10 @@ async def _given_file(request: Request, files: "_Files") -> _Given:
 
 
 class _Files:
-    """Reads files, one at a time, in a thread of its own: a slow one makes no one wait but other files."""
+    """Reads files: text at once, others one at a time, in a thread of their own, for one of those may take long."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend):
+        self._backend = backend
         self._thread = ThreadPoolExecutor(1, "files")
         self._waiting = 0
 
@@ -179,16 +186,19 @@ class _Files:
         """The text of a file.
 
         Raises:
-            ApiError: too many files are waiting.
+            ApiError: too many files are waiting, or it takes too long.
             UserError: it cannot be read.
         """
+        if extractor_of(name) == TEXT:
+            return await asyncio.to_thread(extract, data, name)
         if self._waiting >= _MOST_READ:
             raise ApiError(429, "Too many files are waiting to be read. Try again later.", "overloaded", 10)
         self._waiting += 1
         reading = self._thread.submit(extract, data, name)
         loop = asyncio.get_running_loop()
         reading.add_done_callback(lambda _: loop.call_soon_threadsafe(self._done))
-        return await asyncio.wrap_future(reading)
+        async with self._backend.deadline():
+            return await asyncio.wrap_future(reading)
 
     def _done(self) -> None:
         self._waiting -= 1
@@ -202,8 +212,8 @@ class _Uploads:
         self._running: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_GOING_ON_AT_ONCE)
 
-    async def finish(self, given: _Given, key: ApiKey, accepted: datetime | None = None) -> Event:
-        """Internalize a document and commit it, as of when it was accepted.
+    async def finish(self, given: _Given, key: ApiKey, accepted: datetime) -> Event:
+        """Internalize a document and commit it, as of when it was accepted: what was sent later is current.
 
         Raises:
             ApiError: it cannot be done.
@@ -245,9 +255,22 @@ class _Uploads:
         upload = await accepted
         try:
             async with self._turns:  # else they would take the internalizers' queues from short ones
-                await self.finish(given, key, upload.accepted)
+                await self._finish_at_last(given, key, upload.accepted)
         except ApiError as error:
             await self._backend.catalogue.fail.remote(upload, error.message)
+
+    async def _finish_at_last(self, given: _Given, key: ApiKey, accepted: datetime) -> None:
+        """As `finish`, but waits for what is only overloaded, restarting or out of reach: nobody else tries again."""
+        end = time.monotonic() + _MOST_TRYING_S
+        for pause in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
+            try:
+                await self.finish(given, key, accepted)
+                return
+            except ApiError as error:
+                if error.status not in (429, 503) or time.monotonic() + pause > end:
+                    raise
+                logger.warning("an upload is tried again in %g s: %s", pause, error.message)
+            await asyncio.sleep(pause)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

@@ -56,13 +56,14 @@ class TextPart(Strict):
 class Message(Strict):
     """One turn of the conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is `system`.")
     content: Text | Annotated[list[TextPart], Field(max_length=_MOST_PARTS)]
+    name: Text = Field("", description="Of the speaker; not shown to the model.")
 
     def plain(self) -> dict[str, str]:
         """As chat templates want it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(Strict):

@@ -48,6 +48,22 @@ def current(deployment: Any) -> str | None:
     return event and event.version
 
 
+def test_what_came_while_a_short_upload_went_on_stays(run: Any) -> None:
+    async def test(deployment: Any) -> None:
+        received = await deployment.now("default", "doc")
+        upload = await deployment.accept(LONG)
+        await deployment.commit(ready("short"), OPEN, received)
+        assert (await deployment.subscribe("gateway")).uploads == (upload,)
+        await deployment.commit(ready("long"), OPEN, upload.accepted)
+        assert current(deployment) == "long"
+        received = await deployment.now("default", "doc")
+        await deployment.commit(DELETED, OPEN)
+        await deployment.commit(ready("short"), OPEN, received)
+        assert current(deployment) is None
+
+    run(test)
+
+
 @pytest.mark.parametrize(("event", "left"), [(ready("short"), "short"), (DELETED, None)])
 def test_what_came_while_an_upload_went_on_stays(run: Any, event: Event, left: str | None) -> None:
     async def test(deployment: Any) -> None:

@@ -1,0 +1,132 @@
+"""Uploads at the gateway: bodies that do not come, files that take long, long documents while something is away."""
+
+import asyncio
+import threading
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from starlette.exceptions import HTTPException
+
+from d2l.catalogue import Event
+from serve.catalogue.keys import OPEN
+from serve.errors import ApiError
+from serve.gateway import documents
+from serve.gateway.backend import Backend
+from serve.gateway.body_limit import BodyLimit
+from serve.gateway.documents import _Files, _Given, _Uploads
+
+NOW = datetime.now(UTC)
+
+
+def receiving(messages: list[dict[str, Any]]) -> Any:
+    """A client that says nothing more after these."""
+    left = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        for message in left:
+            return message
+        await asyncio.sleep(60)
+        raise AssertionError("not waited for")
+
+    return receive
+
+
+def asked(app: Any, messages: list[dict[str, Any]], seconds: float) -> None:
+    scope = {"type": "http", "headers": [], "path": "/"}
+    limited = BodyLimit(app, limit=100, larger={}, seconds=seconds)
+    asyncio.run(limited(scope, receiving(messages), None))  # type: ignore[arg-type]
+
+
+async def read(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body"):
+        pass
+
+
+def test_a_body_that_does_not_come_is_refused() -> None:
+    with pytest.raises(HTTPException, match=r"not come within 0\.05 s") as error:
+        asked(read, [{"type": "http.request", "body": b"{", "more_body": True}], 0.05)
+    assert error.value.status_code == 408
+
+
+def test_a_client_whose_body_has_come_may_wait_longer() -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await read(scope, receive, send)
+        leaving = asyncio.ensure_future(receive())
+        await asyncio.wait([leaving], timeout=0.2)
+        assert not leaving.done()
+        leaving.cancel()
+
+    asked(answer, [{"type": "http.request", "body": b"{}", "more_body": False}], 0.05)
+
+
+def backend(internalizer: Any = None, catalogue: Any = None, timeout_s: float = 60.0) -> Backend:
+    return Backend(None, None, catalogue, internalizer, None, "tiny", 0.3, timeout_s)  # type: ignore[arg-type]
+
+
+def test_text_does_not_wait_for_a_slow_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, extract = threading.Event(), documents.extract
+
+    def slow(data: bytes, name: str) -> str:
+        if name.endswith(".pdf"):
+            may_end.wait(60)
+        return extract(data, "text.txt")
+
+    monkeypatch.setattr(documents, "extract", slow)
+
+    async def main() -> None:
+        files = _Files(backend(timeout_s=0.2))
+        reading = asyncio.create_task(files.text(b"of a document", "a.pdf"))
+        await asyncio.sleep(0)
+        assert await files.text(b"plain", "b.txt") == "plain"
+        with pytest.raises(ApiError) as error:
+            await reading
+        assert error.value.status == 504
+        may_end.set()
+
+    asyncio.run(main())
+
+
+class Remote:
+    """A deployment's method: raises what it is given to, then answers."""
+
+    def __init__(self, answer: Any, *errors: Exception):
+        self.answer, self.errors, self.calls = answer, list(errors), 0
+
+    async def remote(self, *_: Any) -> Any:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return self.answer
+
+
+class Deployment:
+    def __init__(self, **methods: Remote):
+        self.__dict__ |= methods
+
+
+@pytest.mark.parametrize(
+    ("errors", "for_s", "tries", "failures"),
+    [
+        ([ApiError(503, "away"), ApiError(429, "busy")], 60, 3, 0),
+        ([ApiError(413, "too long")], 60, 1, 1),
+        ([ApiError(503, "away")], 0, 1, 1),
+    ],
+)
+def test_a_long_document_waits_for_what_is_away_for_a_while(
+    errors: list[ApiError], for_s: float, tries: int, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_PAUSES_S", (0.0, 0.01))
+    monkeypatch.setattr(documents, "_MOST_TRYING_S", for_s)
+    event = Event("default", "doc", "v", "ready")
+    internalize, commit, fail = Remote(event, *errors), Remote(event), Remote(None)
+    uploads = _Uploads(backend(Deployment(internalize=internalize), Deployment(commit=commit, fail=fail)))
+    uploads._check = lambda *_: None  # type: ignore[method-assign]
+
+    async def main() -> None:
+        accepted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        accepted.set_result(type("Upload", (), {"accepted": NOW}))
+        await uploads._go_on(_Given("doc", "text", ""), OPEN, accepted)
+
+    asyncio.run(main())
+    assert (internalize.calls, commit.calls, fail.calls) == (tries, 1 - failures, failures)
