@@ -6,13 +6,18 @@ events alone: a document's last `ready` or `deleted` by (created_at, adapter_id)
 A reader keeps in memory what can still be asked for: for each document the adapters that no `deleted` follows, the
 last one of each version and hypernetwork, about a kilobyte each; everything else (failures, embeddings, what was
 deleted) is read from the table on request. Tailing reads only data files that are new since the last `refresh`.
+
+Every commit adds a data file; `compact` merges them, and `remove_replaced` removes what has been merged a while ago. An
+event may be in the table twice, after a commit that was tried again or two compactions at a time: it counts once.
 """
 
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +30,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from scipy.sparse import csr_array
 
 from d2l.errors import UserError
-from d2l.storage import Storage, one_line, reported
+from d2l.storage import File, Storage, one_line, reported
 from d2l.store import check_doc_id, check_tenant
 
 _NAME = "catalogue"
@@ -110,14 +115,20 @@ class _Document:
     deleted: tuple[datetime, str] | None = None
     """Order of the last `deleted`."""
 
-    def apply(self, event: Event) -> None:
+    def apply(self, event: Event) -> bool:
+        """Whether it changed anything."""
+        if self.deleted and event.order <= self.deleted:
+            return False
         if event.event == "deleted":
-            self.deleted = max(self.deleted or event.order, event.order)
+            self.deleted = event.order
             self.ready = {key: e for key, e in self.ready.items() if e.order > self.deleted}
-        elif not self.deleted or event.order > self.deleted:
-            key = event.version, event.hypernetwork
-            last = max(self.ready.get(key, event), event, key=lambda e: e.order)
-            self.ready = self.ready | {key: last}  # replaced, not changed: other threads may be reading
+            return True
+        key = event.version, event.hypernetwork
+        known = self.ready.get(key)
+        if known and event.order <= known.order:
+            return False
+        self.ready = self.ready | {key: event}  # replaced, not changed: other threads may be reading
+        return True
 
     def last(self, version: str | None = None, hypernetwork: str | None = None) -> Event | None:
         """The last adapter, of any version or hypernetwork where None is given."""
@@ -158,7 +169,10 @@ class Catalogue:
         self.storage = Storage(root)
         self._table: DeltaTable | None = None
         self._documents: dict[str, dict[str, _Document]] = {}
-        self._files: set[str] = set()
+        self._files: dict[str, tuple[str | None, str | None]] = {}
+        """Data files, and the first and the last tenant of each where they are known."""
+        self._untold: list[Event] = []
+        """What a `refresh` saw that failed after it: read again, it changes nothing."""
         for _ in self._tail():  # not kept: there may be millions
             pass
 
@@ -179,20 +193,25 @@ class Catalogue:
         """Version of the table as last seen; -1 before there is one."""
         return -1 if self._table is None else self._table.version()
 
+    @property
+    def data_files(self) -> int:
+        """Data files of the table as last seen."""
+        return len(self._files)
+
     def append(self, events: Sequence[Event]) -> list[Event]:
         """Append events in one commit.
 
         Returns:
-            What is seen since: these events and those of other writers; no commit is made of no events.
+            These events, and what `refresh` sees of other writers; no commit is made of no events.
 
         Raises:
-            UserError: an event has no valid tenant, or no valid document but is no failure; or the storage fails.
+            UserError: an event has no valid tenant, or an adapter no valid document; or the storage fails.
         """
         if not events:
             return []
         for event in events:
             check_tenant(event.tenant)
-            if event.event != "failed":  # a bad id is a reason to fail
+            if event.event == "ready":  # a bad id is a reason to fail, and what has one may be deleted
                 check_doc_id(event.doc_id)
         fields = [{name: getattr(event, name) for name in SCHEMA.names} for event in events]
         rows = pa.Table.from_pylist(fields, SCHEMA)
@@ -200,11 +219,59 @@ class Catalogue:
             self._table = self._table or self._open() or self._create()
             assert self._table is not None
             self._write(self._table, rows)
-        return self.refresh()
+        own = [replace(event, embedding=None, terms=None) for event in events]
+        return list(dict.fromkeys([*own, *self.refresh()]))
 
     def refresh(self) -> list[Event]:
-        """See what was appended since, by whomever; those events."""
-        return list(self._tail())
+        """See what was appended since, by whomever; those events that change what can be asked for.
+
+        Raises:
+            UserError: the storage fails.
+        """
+        self._untold.extend(self._tail())
+        told, self._untold = self._untold, []
+        return told
+
+    def compact(self) -> tuple[int, int]:
+        """Merge small data files into large ones, while others append if need be.
+
+        The small ones stay for readers that are behind, until `remove_replaced`; this reader is one until `refresh`.
+
+        Returns:
+            How many data files there were, and are now.
+
+        Raises:
+            UserError: the storage fails.
+        """
+        with self._reported():
+            table = self._open()
+            if table is None:
+                return 0, 0
+            before = len(table.file_uris())
+            # Of two compactions at a time the slower one is refused, and then finds nothing more to do; or, as
+            # deltalake 1.6 has it, both succeed and events are there twice.
+            self._commit(table, lambda: table.optimize.compact(writer_properties=_COMPRESSION))
+            return before, len(table.file_uris())
+
+    def remove_replaced(self, grace: timedelta, dry_run: bool = False) -> list[File]:
+        """Remove data files that were merged into others, or left by a commit that was killed, longer than `grace` ago.
+
+        Args:
+            grace: in hours, begun ones count.
+            dry_run: only find them.
+
+        Raises:
+            UserError: the storage fails.
+        """
+        hours = math.ceil(grace / timedelta(hours=1))
+        with self._reported():
+            table = self._open()
+            if table is None:
+                return []
+            there = {file.name: file for file in self.storage.files(_NAME)}
+            # `full` finds what the log has forgotten or never knew. Without grace that may be what is being committed.
+            named = table.vacuum(hours, dry_run, enforce_retention_duration=False, full=hours > 0)
+            return [there[name] for name in named if name in there]  # what is gone is named for another week
 
     def apply(self, events: Iterable[Event]) -> None:
         """See events that another reader of the same table saw; in any order, and twice if need be."""
@@ -219,10 +286,13 @@ class Catalogue:
                 self._table.update_incremental()
             if self._table is None:
                 return
-            files = set(pa.table(self._table.get_add_actions())["path"].to_pylist())
-            if new := sorted(files - self._files):
-                for event in self._read(new, _INDEXED):
-                    self._apply(event)
+            columns = ["path", "min.tenant", "max.tenant"]
+            actions = pa.table(self._table.get_add_actions(flatten=True)).select(columns).to_pylist()
+            files = {row["path"]: (row["min.tenant"], row["max.tenant"]) for row in actions}
+            # Most of a merged file is known already, so what changes nothing is not told. Failures never are: nothing
+            # is kept by which to know them again, and who follows the table wants to know what can be asked for.
+            for event in self._read(sorted(files.keys() - self._files.keys()), _INDEXED):
+                if self._apply(event):
                     yield event
             self._files = files
 
@@ -278,8 +348,8 @@ class Catalogue:
         """All events of a document, oldest first, failures and embeddings included; read from the table."""
         wanted = (pads.field("tenant") == tenant) & (pads.field("doc_id") == doc_id)
         with self._reported():
-            events = self._read(sorted(self._files), SCHEMA.names, wanted) if self._files else iter(())
-            return sorted(events, key=lambda event: event.order)
+            events = sorted(self._read(self._files_of(tenant), SCHEMA.names, wanted), key=lambda event: event.order)
+        return [event for event, _ in groupby(events)]
 
     def embeddings(self, tenant: str, model: str) -> tuple[list[Event], np.ndarray, csr_array]:
         """What a tenant's current documents are about, as far as a model was asked; read from the table.
@@ -299,13 +369,13 @@ class Catalogue:
         wanted = (pads.field("tenant") == tenant) & (pads.field("embedding_model") == model)
         columns = ["doc_id", "created_at", "adapter_id", "embedding", "terms"]
         with self._reported():
-            for batch in self._batches(sorted(self._files), columns, wanted) if current else ():
+            for batch in self._batches(self._files_of(tenant), columns, wanted) if current else ():
                 found = []
                 for number, row in enumerate(batch.select(columns[:3]).to_pylist()):
                     event = current.get(row["doc_id"])
                     if event and event.order == (row["created_at"], row["adapter_id"]):
                         found.append(number)
-                        events.append(event)
+                        events.append(current.pop(event.doc_id))
                 if found:
                     vectors_BD = batch["embedding"].flatten().to_numpy().reshape(batch.num_rows, -1)
                     vectors.append(vectors_BD[found])
@@ -315,7 +385,7 @@ class Catalogue:
     def failures(self, tenant: str) -> Iterator[Event]:
         """The last event of every document of which it is a failure; read from the table."""
         last: dict[str, Event] = {}
-        for event in self._events(pads.field("tenant") == tenant):
+        for event in self._events(self._files_of(tenant), pads.field("tenant") == tenant):
             last[event.doc_id] = max(last.get(event.doc_id, event), event, key=lambda e: e.order)
         yield from (event for event in last.values() if event.event == "failed")
 
@@ -330,25 +400,34 @@ class Catalogue:
             for doc_id, document in list(documents.items())
         }
         found = set()
-        for event in self._events(pads.field("event") == "ready"):
+        for event in self._events(sorted(self._files), pads.field("event") == "ready"):
             after = deleted.get((event.tenant, event.doc_id))
             if after is None or event.order > after:
                 found.add((event.tenant, event.adapter_id))
         return found
 
-    def _events(self, wanted: pads.Expression) -> Iterator[Event]:
+    def _files_of(self, tenant: str) -> list[str]:
+        """Data files in which a tenant may have events."""
+        return sorted(
+            file for file, (first, last) in self._files.items() if (first or tenant) <= tenant <= (last or tenant)
+        )
+
+    def _events(self, files: list[str], wanted: pads.Expression) -> Iterator[Event]:
         with self._reported():
-            yield from self._read(sorted(self._files), _INDEXED, wanted) if self._files else ()
+            yield from self._read(files, _INDEXED, wanted)
 
     def _write(self, table: DeltaTable, rows: pa.Table) -> None:
         def write() -> None:
             write_deltalake(table, rows, mode="append", schema_mode="merge", writer_properties=_COMPRESSION)
 
+        self._commit(table, write)  # appends conflict with nothing but another writer's making or widening of the table
+
+    def _commit(self, table: DeltaTable, change: Callable[[], object]) -> None:
         try:
-            write()
-        except CommitFailedError:  # appends conflict with nothing but another writer's making or widening of the table
+            change()
+        except CommitFailedError:
             table.update_incremental()
-            write()
+            change()
 
     def _read(self, files: list[str], columns: list[str], wanted: pads.Expression | None = None) -> Iterator[Event]:
         for batch in self._batches(files, columns, wanted):
@@ -360,15 +439,18 @@ class Catalogue:
     def _batches(
         self, files: list[str], columns: list[str], wanted: pads.Expression | None = None
     ) -> Iterator[pa.RecordBatch]:
+        if not files:
+            return
         paths = [self.storage.path(f"{_NAME}/{file}") for file in files]
         filesystem = pyarrow.fs.PyFileSystem(_ExactReads(self.storage.filesystem))
         dataset = pads.dataset(paths, SCHEMA, format="parquet", filesystem=filesystem)
         yield from dataset.to_batches(columns=columns, filter=wanted, batch_size=1024)
 
-    def _apply(self, event: Event) -> None:
-        if event.event != "failed":
-            documents = self._documents.setdefault(event.tenant, {})
-            documents.setdefault(event.doc_id, _Document()).apply(event)
+    def _apply(self, event: Event) -> bool:
+        """Whether it changed anything."""
+        if event.event == "failed":
+            return False
+        return self._documents.setdefault(event.tenant, {}).setdefault(event.doc_id, _Document()).apply(event)
 
     def _open(self) -> DeltaTable | None:
         try:

@@ -10,6 +10,7 @@ again. Who puts an adapter that is there already leaves a claim beside it, by wh
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -240,10 +241,11 @@ def check_tenant(tenant: str) -> str:
 
 
 def check_doc_id(doc_id: str) -> str:
-    """Return `doc_id` if it can name a document: any text that fits; names and URLs have `quote(doc_id, safe="")`.
+    """Return `doc_id` if it can name a document: any line that fits; names and URLs have `quote(doc_id, safe="")`.
 
     Raises:
-        UserError: it is empty, too long, reserved, or no valid Unicode.
+        UserError: it is empty, too long, reserved, no valid Unicode, or has control characters, such as tabs and line
+            breaks: routes of URLs and logs do not keep these as they are.
     """
     shown = repr(doc_id if len(doc_id) <= 80 else doc_id[:80] + "...")
     if doc_id in RESERVED_DOC_IDS:
@@ -254,6 +256,8 @@ def check_doc_id(doc_id: str) -> str:
         raise UserError(f"document id {shown} is not valid Unicode; rename the document") from None
     if not 1 <= size <= _MAX_DOC_ID_BYTES:
         raise UserError(f"document id {shown} has {size} bytes; give 1 to {_MAX_DOC_ID_BYTES}")
+    if any(unicodedata.category(character) == "Cc" for character in doc_id):
+        raise UserError(f"document id {shown} has control characters; rename the document")
     return doc_id
 
 

@@ -22,6 +22,10 @@ its stage, or its event stands for no adapter: it answers with an error until it
 and makes the adapter again. So does a vacuum that is killed in the milliseconds in which it has a mark to put back. A
 grace period shorter than a job's commits need is safe only while no job runs. Run one vacuum at a time: beside a job a
 second one could remove what is just made anew.
+
+The catalogue's own data files, of which every commit adds one, are merged, and removed once they have been replaced for
+longer than the grace period: a reader that has not looked for new events for so long cannot read the table until it
+does. What one vacuum replaces stays until the next at least.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +49,7 @@ _Place = tuple[str, str]
 
 
 @dataclass
-class Vacuumed:
+class Removed:
     """What was removed, or would be."""
 
     kept: int = 0
@@ -53,11 +57,21 @@ class Vacuumed:
     removed: int = 0
     """Adapters, and what was left of broken uploads."""
     bytes: int = 0
-    """Of what was removed."""
+    """Of all that was removed."""
+
+
+@dataclass
+class Vacuumed(Removed):
+    """What was removed from a store, or would be."""
+
+    catalogue_files: int = 0
+    """Data files in which the catalogue is; where it is not a dry run, small ones have been merged."""
+    catalogue_files_removed: int = 0
+    """Data files that were merged into others before, or left by commits that were killed."""
 
 
 def vacuum(root: str | Path, grace: timedelta, dry_run: bool = False) -> Vacuumed:
-    """Remove what nobody can ask for from a store.
+    """Remove what nobody can ask for from a store, and merge the catalogue's small data files.
 
     Args:
         root: of the store.
@@ -71,8 +85,13 @@ def vacuum(root: str | Path, grace: timedelta, dry_run: bool = False) -> Vacuume
     store = AdapterStore(root)
     places = list(store.folders())
     catalogue = Catalogue.existing(root)
+    # Before the merge, so that what it replaces stays for who is reading it, whatever the grace.
+    replaced = catalogue.remove_replaced(grace, dry_run)
+    if not dry_run:
+        catalogue.compact()
+        catalogue.refresh()
     remove = partial(_remove, store, datetime.now(UTC) - grace, dry_run)
-    report = Vacuumed(kept=len(places))
+    report = Vacuumed(len(places), 0, sum(file.bytes for file in replaced), catalogue.data_files, len(replaced))
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in _unused(places, catalogue):
             for size in pool.map(remove, batch):
@@ -102,7 +121,7 @@ def _remove(store: AdapterStore, oldest: datetime, dry_run: bool, place: _Place)
     return folder.bytes if dry_run or store.remove(*place, unclaimed_since=oldest) else None
 
 
-def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:
+def erase(root: str | Path, tenant: str, doc_id: str) -> Removed:
     """Delete a document and at once all its adapters that no other document has.
 
     Its events stay in the catalogue: id, digests, sizes, where it came from and why it failed, none of its text; so
@@ -135,4 +154,4 @@ def erase(root: str | Path, tenant: str, doc_id: str) -> Vacuumed:
     folders = [folder for place in unused if (folder := store.look(*place))]
     for place in unused:
         store.remove(*place)
-    return Vacuumed(len(own) - len(unused), len(folders), sum(folder.bytes for folder in folders))
+    return Removed(len(own) - len(unused), len(folders), sum(folder.bytes for folder in folders))

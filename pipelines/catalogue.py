@@ -90,7 +90,7 @@ class VacuumConfig(_StoreConfig):
     """What may go."""
 
     grace: Annotated[float, tyro.conf.arg(metavar="HOURS")] = 24.0
-    """What is younger stays: a running job may be about to commit it."""
+    """What is younger stays: a running job may be about to commit it, a server be reading it."""
     dry_run: bool = False
     """Only count."""
 
@@ -183,7 +183,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
 
 
 def vacuum(config: VacuumConfig) -> dict[str, Any]:
-    """Remove adapters that nobody can ask for any more (see `d2l.vacuum`).
+    """Remove adapters that nobody can ask for any more, and merge the catalogue's small files (see `d2l.vacuum`).
 
     Raises:
         UserError: there is no catalogue, the storage fails, or the grace period is negative.

@@ -113,7 +113,9 @@ COMMANDS = {
         "pipelines.catalogue:promote", "PromoteConfig", "move documents to another hypernetwork's adapters, or back"
     ),
     "catalogue vacuum": _Command(
-        "pipelines.catalogue:vacuum", "VacuumConfig", "remove adapters that nobody can ask for any more"
+        "pipelines.catalogue:vacuum",
+        "VacuumConfig",
+        "remove adapters that nobody can ask for, merge the catalogue's files",
     ),
     "catalogue erase": _Command(
         "pipelines.catalogue:erase", "EraseConfig", "delete a document and at once its adapters"

@@ -110,10 +110,10 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
                 ignored += kind is None
                 continue
             seen.add(url)
-            if kind != "file":
-                parts.append(Part(kind, root, (name,)))
-            elif reason := _unfit(name, length, url, first, config):
+            if reason := _unfit(kind, name, length, url, first, config):
                 failures.append(failure(name, url, "list", reason))
+            elif kind != "file":
+                parts.append(Part(kind, root, (name,)))
             else:
                 first[name] = url
                 texts.append(name)
@@ -167,7 +167,7 @@ def _place(part: Row) -> str:
 
 def failure(doc_id: str, source_uri: str, stage: str, reason: str) -> Row:
     """The row of a document that is given up; ids that Arrow cannot hold are escaped."""
-    return _row(_storable(doc_id), "", _storable(source_uri)) | {"stage": stage, "reason": _storable(reason)}
+    return _row(storable(doc_id), "", storable(source_uri)) | {"stage": stage, "reason": storable(reason)}
 
 
 def _row(doc_id: str, text: str, source_uri: str, extractor: str = TEXT) -> Row:
@@ -175,7 +175,8 @@ def _row(doc_id: str, text: str, source_uri: str, extractor: str = TEXT) -> Row:
     return where | {"text": text, "extractor": extractor, "stage": "", "reason": ""}
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
+    """A text that Arrow and files can hold, whatever is in it."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -247,8 +248,12 @@ def _parent(root: str) -> str:
     return root.rstrip("/").rpartition("/")[0] or "/"
 
 
-def _unfit(name: str, size: int, url: str, first: dict[str, str], config: SourceConfig) -> str:
-    """Why a text file is not even read; empty if it is."""
+def _unfit(kind: str, name: str, size: int, url: str, first: dict[str, str], config: SourceConfig) -> str:
+    """Why a file is not even read; empty if it is."""
+    if url != storable(url):
+        return f"the name {url!r} is not valid Unicode; rename the file or its folder"
+    if kind != "file":
+        return ""
     try:
         check_doc_id(name)
     except UserError as error:
@@ -315,7 +320,7 @@ def read_records(
     try:
         with reported(name), storage.filesystem.open(storage.path(name), "rb") as stream:
             yield from _jsonl_rows(stream, config.max_bytes) if kind == "jsonl" else _parquet_rows(stream, columns)
-    except (UserError, FileNotFoundError, pa.ArrowException) as error:
+    except (UserError, FileNotFoundError, UnicodeDecodeError, pa.ArrowException) as error:
         yield 0, UserError(f"{name}: cannot be read ({one_line(error)})")
 
 
@@ -325,7 +330,25 @@ def _parquet_rows(stream: BinaryIO, columns: list[str]) -> Iterator[tuple[int, R
         known = ", ".join(table.schema_arrow.names)
         raise UserError(f"no column {', '.join(missing)}; it has {known}: see --id-column and --text-column")
     batches = table.iter_batches(batch_size=256, columns=columns)
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    yield from enumerate((row for batch in batches for row in _batch_rows(batch)), 1)
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list[Row | UserError]:
+    """The rows of a batch, with why one cannot be read: Arrow does not check what it reads, say that text is UTF-8."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [_batch_row(batch, index) for index in range(batch.num_rows)]
+
+
+def _batch_row(batch: pa.RecordBatch, index: int) -> Row | UserError:
+    row: Row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except (ValueError, OverflowError) as error:
+            return UserError(f"column {name!r} cannot be read ({one_line(error)})")
+    return row
 
 
 def _jsonl_rows(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, Row | UserError]]:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from d2l.chunking import check_text
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
+from d2l.store import check_doc_id
 from pipelines.sources import (
     KINDS,
     SourceConfig,
@@ -28,6 +29,7 @@ from pipelines.sources import (
     read_files,
     read_records,
     split_tables,
+    storable,
 )
 
 SPLITS = ("train", "dev", "test")
@@ -141,12 +143,12 @@ def inspect(file: SourceFile, config: SourceConfig, need_answers: bool) -> Inspe
                 rows, columns = table.metadata.num_rows, set(table.schema_arrow.names)
         elif file.kind == "jsonl":
             rows, columns = lines + (end != b"\n"), _first_keys(file, config)
-    except (FileNotFoundError, pa.ArrowException) as error:
+    except (FileNotFoundError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{storage.url(name)}: cannot be read ({one_line(error)})") from error
     if columns:
         _check_columns(columns, config, need_answers, storage.url(name))
     more = f" and {len(file.names) - 1} more" if len(file.names) > 1 else ""
-    return Inspected(storage.url(name) + more, rows, hashed.hexdigest())
+    return Inspected(storable(storage.url(name)) + more, rows, hashed.hexdigest())
 
 
 def read_file(file: SourceFile, config: SourceConfig, parts: int) -> Iterator[pa.Table]:
@@ -207,15 +209,19 @@ def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
             split = _folder_split(found["doc_id"])
             if found["reason"]:
                 yield _unusable("unreadable", found["reason"])
-            else:
-                yield _row(found["doc_id"], found["text"], split, True, [], [])
+                continue
+            try:
+                doc_id = _checked_id(found["doc_id"], found["source_uri"])
+                yield _row(doc_id, found["text"], split, True, [], [])
+            except UserError as error:
+                yield _unusable("malformed", str(error))
         return
     name = file.names[0]
     split = _folder_split(name)
     for number, record in read_records(storage, name, file.kind, _wanted(file, storage, config), config):
         where = f"{storage.url(name)}#{number}"
         if isinstance(record, UserError):
-            yield _unusable("unreadable", str(record))
+            yield _unusable("unreadable", f"{where}: {record}")
             continue
         try:
             yield _of_record(record, config, split, where)
@@ -250,11 +256,11 @@ def _of_record(record: Row, config: SourceConfig, split: str, where: str) -> Row
     check_text(text, where)
     doc_id = record.get("doc_id", record.get(config.id_column))
     if len(shape) == 1:
-        return _row(doc_id, text, split, True, [], [])
+        return _row(_checked_id(doc_id, where), text, split, True, [], [])
     if shape[1] == "question":
         question, answers = record["question"], record.get("answers") or ""
         answer = next((a for a in answers if a), "") if isinstance(answers, list) else answers
-        return _row(None, text, split, False, [_text(question, where)], [_text(answer, where)])
+        return _row("", text, split, False, [_text(question, where)], [_text(answer, where)])
     for name in ("questions", "answers"):
         if not isinstance(record.get(name), list | None):
             raise UserError(f"{where}: column {name!r} holds {type(record[name]).__name__}, expected a list")
@@ -262,7 +268,20 @@ def _of_record(record: Row, config: SourceConfig, split: str, where: str) -> Row
     answers = [_text(answer, where) for answer in record.get("answers") or [""] * len(questions)]
     if len(questions) != len(answers):
         raise UserError(f"{where}: has {len(questions)} questions and {len(answers)} answers")
-    return _row(doc_id, text, split, True, questions, answers)
+    return _row(_checked_id(doc_id, where), text, split, True, questions, answers)
+
+
+def _checked_id(doc_id: object, where: str) -> str:
+    """A row's id as text, empty where it has none.
+
+    Raises:
+        UserError: it cannot name a document.
+    """
+    text = "" if doc_id is None else str(doc_id)
+    try:
+        return check_doc_id(text) if text else ""
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _text(value: object, where: str) -> str:
@@ -272,15 +291,14 @@ def _text(value: object, where: str) -> str:
     return check_text(text, where) if text else ""
 
 
-def _row(doc_id: Any, text: str, split: str, whole: bool, questions: list[str], answers: list[str]) -> Row:
-    identity = "" if doc_id is None else str(doc_id)
+def _row(doc_id: str, text: str, split: str, whole: bool, questions: list[str], answers: list[str]) -> Row:
     contents = {"document": text, "questions": questions, "answers": answers, "whole": whole}
-    return {"doc_id": identity, "split": split, "digest": text_digest(text), "reason": "", "message": ""} | contents
+    return {"doc_id": doc_id, "split": split, "digest": text_digest(text), "reason": "", "message": ""} | contents
 
 
 def _unusable(reason: str, message: str) -> Row:
-    message = message.encode("utf-8", "backslashreplace").decode()
-    row = _row(None, "", "", True, [], [])
+    message = storable(message)
+    row = _row("", "", "", True, [], [])
     return row | {"digest": text_digest(message), "reason": reason, "message": message}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -27,12 +28,13 @@ GOOD = {
     "good.docx": word(filled),
     "..%2f..%2fetc%2fpasswd.txt": b"A name that would like to be a path.",
     "one long line.txt": b"word " * (1 << 20),
-    "bell\a.txt": b"A control character in a name.",
     "folder.pdf/page.htm": b"<p>A folder that is named like a file.",
     "nested.html": b"<ul><li>a" * 200 + b"</li></ul>" * 200,
     "unclosed.html": b"<p>The number <b>is 4821",
 }
 BAD = {
+    "bell\a.txt": b"A control character in a name.",
+    "two\nlines.txt": b"A line break in a name.",
     "empty.txt": b"",
     "blank.md": b" \n\t\n",
     "nul.txt": b"text\0and more",
@@ -71,6 +73,8 @@ LINES = [
     '{"id": "number", "text": 5}',
     '{"id": "surrogate", "text": "\\ud800"}',
     '{"id": "auto", "text": "A reserved id."}',
+    '{"id": "\\ud800", "text": "An id that is no Unicode."}',
+    '{"id": "two\\nlines", "text": "A line break in an id."}',
     json.dumps({"id": "i" * 10_000, "text": "A long id."}),
     '{"id": "good line", "text": "Again."}',
     "[" * 100_000,
@@ -85,6 +89,10 @@ def test_every_document_is_accounted_for(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).write_bytes(data)
     (tmp_path / "lines.jsonl").write_text("\n".join(LINES))
     pyarrow.parquet.write_table(pa.table({"id": ["row"], "other": ["x"]}), tmp_path / "columns.parquet")
+    texts = pa.array([b"caf\xe9", b"The number is 4821."]).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"id": ["latin row", "good row"], "text": texts}), tmp_path / "latin.parquet")
+    for name in (b"misnamed-\xe9.txt", b"misnamed-\xe9.jsonl"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b'{"id": "misnamed", "text": "The number is 4821."}')
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "table" / "_delta_log").mkdir(parents=True)
     (tmp_path / "table" / "_delta_log" / "00000000000000000000.json").write_bytes(b"\0{")
@@ -97,16 +105,17 @@ def test_every_document_is_accounted_for(tmp_path: Path, monkeypatch: pytest.Mon
     tracemalloc.stop()
     rows += listing.failures
     good = {row["doc_id"] for row in rows if not row["stage"]}
-    assert good == set(GOOD) | {"good line", "../../etc/passwd"}
+    assert good == set(GOOD) | {"good line", "../../etc/passwd", "good row"}
     failed = [row for row in rows if row["stage"]]
     assert all(row["reason"] and "\n" not in row["reason"] and not row["text"] for row in failed)
     files = {row["doc_id"]: row["stage"] for row in failed}
     assert set(BAD) - {"auto"} <= set(files)
-    assert files["huge line.txt"] == files["table#0"] == "list"
+    assert files["huge line.txt"] == files["table#0"] == files["bell\a.txt"] == "list"
     assert files["broken link.txt"] == "read"
     assert listing.documents <= len(rows)
     assert {files[name] for name in BAD if name.endswith((".pdf", ".docx", ".html"))} == {"extract"}
-    others = {"table#0", "broken link.txt", "columns.parquet#0", "damaged.parquet#0"}
+    others = {"table#0", "broken link.txt", "columns.parquet#0", "damaged.parquet#0", "latin.parquet#1"}
+    others |= {"misnamed-\\udce9.txt", "misnamed-\\udce9.jsonl"}
     assert others <= set(files)
     assert len(failed) == len(BAD) - 1 + len(LINES) - 2 + len(others)
     assert listing.ignored == 1  # the file `auto`, of no known kind

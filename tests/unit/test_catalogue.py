@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
+from deltalake.table import TableOptimizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,16 +132,126 @@ def test_two_writers_begin_at_the_same_time(root: str) -> None:
     assert sorted(versions(Catalogue(root))) == [f"{name}{number}" for name in "abc" for number in range(3)]
 
 
-def test_compaction_changes_nothing(tmp_path: Path) -> None:
-    catalogue = Catalogue(tmp_path)
-    for second in range(3):
-        catalogue.append([event(version=f"v{second}", second=second)])
-    history = catalogue.history("acme", "manual")
-    deltalake = pytest.importorskip("deltalake")
-    deltalake.DeltaTable(str(tmp_path / "catalogue")).optimize.compact()
-    catalogue.refresh()
-    assert versions(catalogue) == {"manual": "v2"}
-    assert catalogue.history("acme", "manual") == history
+def about(number: int, **fields: Any) -> Event:
+    made = {"embedding": [float(number), 1.0], "terms": {number: 1}, "embedding_model": "m@1"}
+    return event(second=number, doc_id=f"doc{number}", **made, **fields)
+
+
+def told(catalogue: Catalogue) -> Any:
+    """All that a catalogue answers."""
+    events, vectors, terms = catalogue.embeddings("acme", "m@1")
+    embeddings = {e.doc_id: (v, t) for e, v, t in zip(events, vectors.tolist(), terms.toarray().tolist(), strict=True)}
+    assert len(embeddings) == len(events)
+    current = {(e.tenant, e.doc_id): e for e in catalogue.current()}
+    histories = {place: catalogue.history(*place) for place in current}
+    return current, embeddings, histories, list(catalogue.failures("acme")), catalogue.references()
+
+
+def test_compaction_changes_nothing(root: str) -> None:
+    assert Catalogue(root).compact() == (0, 0)
+    writer = Catalogue(root)
+    for number in range(6):
+        writer.append([about(number), about(number, tenant="rival")])
+    writer.append([event("deleted", doc_id="doc1", second=10), event("failed", "v9", 10, doc_id="doc2", reason="bad")])
+    writer.append([about(3, version="v2", hypernetwork="new")])
+    behind, before = Catalogue(root), told(writer)
+    assert Catalogue(root).compact() == (8, 1)
+    assert Catalogue(root).compact() == (1, 1)
+    assert told(behind) == told(Catalogue(root)) == before
+    assert (behind.data_files, Catalogue(root).data_files) == (8, 1)
+    assert behind.refresh() == []
+    assert told(behind) == before
+    assert behind.data_files == 1
+
+
+def test_who_is_behind_when_files_are_merged_sees_what_is_new_only(root: str) -> None:
+    writer, other = Catalogue(root), Catalogue(root)
+    writer.append([event(doc_id="a"), event(doc_id="b"), event("failed", "v2", 1, doc_id="b")])
+    behind = Catalogue(root)
+    writer.append([event("deleted", doc_id="a", second=2)])
+    writer.append([event(doc_id="c"), event(version="v3", doc_id="b", second=3), event("failed", doc_id="d")])
+    writer.compact()
+    assert writer.refresh() == []
+    seen = {(e.event, e.doc_id, e.version) for e in behind.refresh()}
+    assert seen == {("deleted", "a", "v1"), ("ready", "c", "v1"), ("ready", "b", "v3")}
+    assert versions(behind) == versions(writer) == {"b": "v3", "c": "v1"}
+    assert [e.reason for e in behind.failures("acme")] == [""]
+    late = [event(doc_id="a", second=1), event("failed", doc_id="e", embedding=[1.0], terms={1: 1})]
+    seen = {(e.event, e.doc_id, e.embedding is None) for e in other.append(late)}
+    assert {
+        ("ready", "a", True),
+        ("failed", "e", True),
+        ("ready", "c", True),
+    } <= seen  # one's own, whatever they change
+
+
+def test_compaction_beside_writers_and_a_reader(root: str) -> None:
+    def write(name: str) -> None:
+        catalogue = Catalogue(root)
+        for number in range(6):
+            catalogue.append([event(doc_id=f"{name}{number}")])
+
+    expected, seen = sorted(f"{name}{number}" for name in "ab" for number in range(6)), []
+    reader = Catalogue(root)
+    with ThreadPoolExecutor(2) as pool:
+        writing = [pool.submit(write, name) for name in "ab"]
+        while not all(future.done() for future in writing):
+            Catalogue(root).compact()
+            seen += [e.doc_id for e in reader.refresh()]
+        for future in writing:
+            future.result()
+    Catalogue(root).compact()
+    seen += [e.doc_id for e in reader.refresh()]
+    assert sorted(seen) == sorted(versions(Catalogue(root))) == expected
+    assert all(len(reader.history("acme", doc_id)) == 1 for doc_id in expected)
+
+
+def test_two_compactions_at_a_time_change_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        Catalogue(root).append([about(number), event("failed", doc_id="bad")])
+    before, compact = told(Catalogue(root)), TableOptimizer.compact
+
+    def late(optimizer: TableOptimizer, **options: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(TableOptimizer, "compact", compact)
+            Catalogue(root).compact()
+        return compact(optimizer, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TableOptimizer, "compact", late)
+        Catalogue(root).compact()
+    assert told(Catalogue(root)) == before
+
+
+def test_what_was_seen_before_the_storage_failed_is_told_later(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = Catalogue(root), Catalogue(root)
+    for name in "ab":
+        writer.append([event(doc_id=name)])
+    batches = Catalogue._batches
+
+    def cut_short(catalogue: Catalogue, *arguments: Any) -> Any:
+        yield next(batches(catalogue, *arguments))
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalogue, "_batches", cut_short)
+        with pytest.raises(UserError, match="connection lost"):
+            reader.refresh()
+    assert len(versions(reader)) == 1
+    assert sorted(e.doc_id for e in reader.refresh()) == ["a", "b"]
+    assert reader.refresh() == []
+
+
+def test_files_without_the_tenant_are_not_read(tmp_path: Path) -> None:
+    catalogue, files = Catalogue(tmp_path), []
+    for tenant in ("acme", "rival"):
+        catalogue.append([about(1, tenant=tenant), event("failed", tenant=tenant)])
+        files.append(set((tmp_path / "catalogue").glob("*.parquet")))
+    (files[1] - files[0]).pop().unlink()
+    assert len(catalogue.embeddings("acme", "m@1")[0]) == len(catalogue.history("acme", "doc1")) == 1
+    assert len(list(catalogue.failures("acme"))) == 1
+    with pytest.raises(UserError, match="catalogue cannot be used"):
+        catalogue.history("rival", "doc1")
 
 
 def test_embeddings_are_the_current_documents_of_one_tenant_and_one_model(root: str) -> None:

@@ -118,12 +118,14 @@ def test_promote_what_is_not_there(d2l: Any, capsys: pytest.CaptureFixture[str])
 
 
 def test_vacuum(d2l: Any) -> None:
-    assert d2l("vacuum")["removed"] == 0
+    first = d2l("vacuum")
+    assert (first["removed"], first["catalogue_files"], first["catalogue_files_removed"]) == (0, 1, 0)
     dry = d2l("vacuum", "--grace", "0", "--dry-run")
-    assert (dry["kept"], dry["removed"]) == (4, 1)
+    assert (dry["kept"], dry["removed"], dry["catalogue_files"], dry["catalogue_files_removed"]) == (4, 1, 1, 5)
     assert dry["bytes"] > 0
     assert d2l("vacuum", "--grace", "0") == dry
-    assert d2l("vacuum", "--grace", "0") == {"kept": 4, "removed": 0, "bytes": 0}
+    nothing = {"kept": 4, "removed": 0, "bytes": 0, "catalogue_files": 1, "catalogue_files_removed": 0}
+    assert d2l("vacuum", "--grace", "0") == nothing
 
 
 def test_erase(d2l: Any, store: str) -> None:

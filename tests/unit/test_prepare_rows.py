@@ -1,6 +1,7 @@
 """Training sets without Ray: files of every shape to rows, rows to documents, documents to files and statistics."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,60 @@ def test_texts_and_tables_of_documents(tmp_path: Path) -> None:
     assert [document["dropped"] for document in kept.values() if document["dropped"]] == [["duplicate_document"]]
 
 
+@pytest.mark.parametrize("bad", ["\ud800", "a\0b"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "BAD", "text": HARBOUR},
+        {"doc_id": "BAD", "document": HARBOUR, "questions": ["What?"], "answers": ["4821"]},
+        {"document": "BAD", "questions": ["What?"], "answers": ["4821"]},
+        {"document": HARBOUR, "questions": ["What?", "BAD"], "answers": ["4821", "4821"]},
+        {"document": HARBOUR, "questions": ["What?"], "answers": ["BAD"]},
+        {"context": "BAD", "question": "What?", "answers": ["4821"]},
+        {"context": HARBOUR, "question": "BAD", "answers": ["4821"]},
+        {"context": HARBOUR, "question": "What?", "answers": "BAD"},
+        {"context": HARBOUR, "question": "What?", "answers": ["4821"], "split": "BAD"},
+        {"text": "BAD"},
+    ],
+)
+def test_what_no_text_can_hold_is_malformed(tmp_path: Path, row: Row, bad: str) -> None:
+    """The row says where it stands, and the next one counts."""
+    path = write(tmp_path / "rows.jsonl", [json.loads(json.dumps(row).replace("BAD", json.dumps(bad)[1:-1]))])
+    with path.open("a") as stream:
+        stream.write(json.dumps({"text": MODEL}) + "\n")
+    malformed, good = read(path)
+    assert malformed["reason"] == "malformed"
+    assert malformed["message"].startswith(f"{path}#1: ")
+    assert (good["reason"], good["document"]) == ("", MODEL)
+
+
+def test_files_with_names_that_no_text_can_hold(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(HARBOUR)
+    (tmp_path / "two\nlines.txt").write_text(HARBOUR)
+    write(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), [{"text": MODEL}, {"text": 5}])
+    malformed = [row["message"] for row in read(tmp_path) if row["reason"] == "malformed"]
+    assert [row["document"] for row in read(tmp_path) if not row["reason"]] == [MODEL]
+    assert len(malformed) == 3
+    assert sum("rename the document" in message for message in malformed) == 2
+    for file in list_files((str(tmp_path),), SourceConfig())[0]:
+        assert "caf\\udce9" in inspect(file, SourceConfig(), need_answers=False).url
+
+
+@pytest.mark.parametrize("column", ["id", "text", "questions", "answers", "split"])
+def test_parquet_text_that_is_not_utf_8_is_unreadable(tmp_path: Path, column: str) -> None:
+    columns: dict[str, Any] = {"id": ["1", "2", "3"], "text": ["a", "b", "c"], "split": ["dev"] * 3}
+    if column in ("questions", "answers"):
+        columns = {name: [["a?"], ["b?"], ["c?"]] for name in ("questions", "answers")} | {"document": list("abc")}
+        bad = pa.ListArray.from_arrays([0, 1, 2, 3], pa.array([b"a?", b"caf\xe9", b"c?"]).view(pa.string()))
+    else:
+        bad = pa.array([b"train", b"caf\xe9", b"dev"]).view(pa.string())
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(columns | {column: bad}), path)
+    rows = read(path)
+    assert [row["reason"] for row in rows] == ["", "unreadable", ""]
+    assert rows[1]["message"].startswith(f"{path}#2: column '{column}' cannot be read ('utf-8' codec")
+
+
 def test_a_text_is_in_one_split_the_one_that_is_held_out(tmp_path: Path) -> None:
     rows = [
         {"context": HARBOUR, "question": "What number?", "answers": "4821", "split": "train"},
@@ -176,9 +231,11 @@ def test_answers_need_not_be_there_where_the_model_gives_them(tmp_path: Path) ->
 
 def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and so on")
-    ((file,), _) = list_files((str(tmp_path),), SourceConfig())
-    with pytest.raises(UserError, match=r"bad\.parquet: cannot be read"):
-        inspect(file, SourceConfig(), need_answers=True)
+    latin = pa.Table.from_arrays([pa.array(["a"])], schema=pa.schema([pa.field(b"caf\xe9", pa.string())]))
+    pq.write_table(latin, tmp_path / "latin.parquet")
+    for file in list_files((str(tmp_path),), SourceConfig())[0]:
+        with pytest.raises(UserError, match=r"(bad|latin)\.parquet: cannot be read"):
+            inspect(file, SourceConfig(), need_answers=True)
     with pytest.raises(UserError, match="no such file"):
         list_files((str(tmp_path / "nowhere"),), SourceConfig())
 

@@ -212,7 +212,7 @@ def test_no_tenants(tenant: str) -> None:
         check_tenant(tenant)
 
 
-@pytest.mark.parametrize("doc_id", ["a", "../../etc/passwd", "a+b@c d", "日本語", "Auto", "x" * 1024])
+@pytest.mark.parametrize("doc_id", ["a", "../../etc/passwd", "a+b@c d", "日本語", "Auto", "a\u2028b", "x" * 1024])
 def test_document_ids(doc_id: str) -> None:
     assert check_doc_id(doc_id) == doc_id
 
@@ -221,3 +221,11 @@ def test_document_ids(doc_id: str) -> None:
 def test_no_document_ids(doc_id: str) -> None:
     with pytest.raises(UserError, match="document id"):
         check_doc_id(doc_id)
+
+
+@pytest.mark.parametrize("character", ["\0", "\t", "\n", "\r", "\x1b", "\x7f", "\x85"])
+def test_document_ids_have_no_control_characters(character: str) -> None:
+    for doc_id in (f"a{character}", f"{character}a", f"a{character}b"):
+        with pytest.raises(UserError, match="has control characters; rename the document") as caught:
+            check_doc_id(doc_id)
+        assert character not in str(caught.value)

@@ -1,9 +1,11 @@
 """What leaves a store and what stays, in a folder and on S3."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
 from d2l.storage import Storage
 from d2l.store import AdapterStore
-from d2l.vacuum import Vacuumed, erase, vacuum
+from d2l.vacuum import Removed, erase, vacuum
 from tests.conftest import random_adapter
 
 NOW, MINUTE, DAY = timedelta(0), timedelta(minutes=1), timedelta(days=1)
@@ -73,6 +75,7 @@ def test_only_what_nobody_can_ask_for_goes(filled: str) -> None:
     assert vacuum(filled, DAY).removed == 0  # too young
     report = vacuum(filled, NOW, dry_run=True)
     assert (report.kept, report.removed) == (4, 3)
+    assert (report.catalogue_files, report.catalogue_files_removed) == (1, 4)  # of before that vacuum
     assert left(filled) == everything
     assert vacuum(filled, NOW) == report
     assert left(filled) == {("acme", 1), ("acme", 2), ("acme", 3), ("umbrella", 1)}
@@ -81,6 +84,42 @@ def test_only_what_nobody_can_ask_for_goes(filled: str) -> None:
         event = Catalogue(filled).resolve("acme", doc_id, version)
         assert event is not None
         AdapterStore(filled).get("acme", event.adapter_id)
+
+
+def test_the_catalogues_files_are_merged_and_those_before_removed_later(root: str) -> None:
+    def files(grace: timedelta, dry_run: bool = False) -> tuple[int, int, bool]:
+        report = vacuum(root, grace, dry_run)
+        return report.catalogue_files, report.catalogue_files_removed, report.bytes > 0
+
+    for number in range(3):
+        Catalogue(root).append([Event("acme", "a", f"v{number}", "ready", digest(number))])
+    behind = Catalogue(root)
+    history = behind.history("acme", "a")
+    assert files(NOW, dry_run=True) == (3, 0, False)
+    assert files(NOW) == (1, 0, False)  # who is reading what was merged has time until the next
+    assert behind.history("acme", "a") == history
+    assert files(MINUTE) == (1, 0, False)
+    assert files(NOW, dry_run=True) == (1, 3, True)
+    assert behind.history("acme", "a") == history
+    assert files(NOW) == (1, 3, True)
+    assert files(NOW, dry_run=True) == files(NOW) == (1, 0, False)
+    with pytest.raises(UserError, match="catalogue cannot be used"):
+        behind.history("acme", "a")
+    assert behind.refresh() == []
+    assert behind.history("acme", "a") == history
+
+
+def test_data_files_that_no_commit_names_go(tmp_path: Path) -> None:
+    Catalogue(tmp_path).append([Event("acme", "a", "v1", "ready", digest(1))])
+    old, young = (tmp_path / "catalogue" / f"part-{name}.parquet" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    days_ago = time.time() - 2 * DAY.total_seconds()
+    os.utime(old, (days_ago, days_ago))
+    assert vacuum(tmp_path, NOW).catalogue_files_removed == 0  # without grace it may be what is being committed
+    report = vacuum(tmp_path, DAY)
+    assert (report.catalogue_files_removed, report.bytes, old.exists(), young.exists()) == (1, 4, False, True)
+    assert Catalogue(tmp_path).resolve("acme", "a") is not None
 
 
 def test_a_document_that_came_back_is_kept(filled: str) -> None:
@@ -273,7 +312,7 @@ def test_erasing(filled: str) -> None:
     report = erase(filled, "acme", "a")
     assert (report.kept, report.removed) == (0, 2)
     assert report.bytes > 0
-    assert erase(filled, "acme", "b") == Vacuumed(kept=1)
+    assert erase(filled, "acme", "b") == Removed(kept=1)
     reader.refresh()
     assert reader.resolve("acme", "a") is None
     assert reader.resolve("acme", "a", "v1") is None
@@ -281,7 +320,7 @@ def test_erasing(filled: str) -> None:
     assert {("acme", 3), ("umbrella", 1)} <= left(filled)
     assert not {("acme", 1), ("acme", 2)} & left(filled)
     assert erase(filled, "acme", "c").removed == 1
-    assert erase(filled, "acme", "a") == Vacuumed()
+    assert erase(filled, "acme", "a") == Removed()
     with pytest.raises(UserError, match="no such document"):
         erase(filled, "acme", "nobody")
 
