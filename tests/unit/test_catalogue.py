@@ -319,10 +319,11 @@ def test_order_of_arrival_does_not_matter(timeline: list[tuple[str, tuple[str, s
 
 def test_bad_events_are_refused(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path)
-    for bad in (event(tenant="No Tenant"), event(doc_id="auto"), event("deleted", doc_id="")):
+    for bad in (event(tenant="No Tenant"), event(doc_id="auto"), event(doc_id="two\nlines")):
         with pytest.raises(UserError):
             catalogue.append([bad])
-    assert len(catalogue.append([event("failed", doc_id="auto")])) == 1
+    allowed = [event("failed", doc_id="auto"), event("deleted", doc_id="two\nlines")]  # of stores of before
+    assert len(catalogue.append(allowed)) == 2
 
 
 def test_storage_that_fails(s3_server: str, tmp_path: Path) -> None:
