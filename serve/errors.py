@@ -94,6 +94,8 @@ def handle_errors(app: FastAPI) -> None:
 async def _respond(request: Request, error: Exception) -> JSONResponse:
     known = as_api_error(error)
     headers = {"Retry-After": str(known.retry_after_s)} if known.retry_after_s else {}
+    if known.status == 504:
+        headers["x-should-retry"] = "false"  # for OpenAI's clients: it would take as long again
     if known.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(known), known.status, headers)

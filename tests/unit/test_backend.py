@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from d2l.errors import UserError
-from serve.errors import ApiError
+from serve.errors import ApiError, _respond
 from serve.gateway.backend import Backend
 
 
@@ -35,6 +35,8 @@ def test_nobody_waits_for_ever() -> None:
         asyncio.run(wait(call, 0.05))
     assert (error.value.status, error.value.code) == (504, "timeout")
     assert call.cancelled
+    response = asyncio.run(_respond(None, error.value))  # type: ignore[arg-type]
+    assert response.headers["x-should-retry"] == "false"
 
 
 def test_a_call_ends_with_who_waits_for_it() -> None:
