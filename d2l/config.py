@@ -68,10 +68,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _meant(options: list[Any], values: dict[str, Any], where: str) -> Any:
     """Of several dataclasses the one that has all the fields and the fewest others, which are of later versions."""
-    names = {option: {f.name for f in dataclasses.fields(option)} for option in options}
-    fitting = [option for option in options if values.keys() <= names[option]]
+    names = {
+        option: {f.name for f in dataclasses.fields(option)} for option in options if dataclasses.is_dataclass(option)
+    }
+    fitting = [option for option in names if values.keys() <= names[option]]
     if not fitting:
-        kinds = ", ".join(option.__name__ for option in options)
+        kinds = ", ".join(option.__name__ for option in names)
         raise UserError(f"{where}: fields {', '.join(values)} are of none of {kinds}")
     return min(fitting, key=lambda option: len(names[option]))
 

@@ -114,7 +114,7 @@ class Storage:
         with reported(self.url(folder)):
             try:
                 paths = self.filesystem.ls(self.path(folder), detail=False)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
         return [name for path in paths if (name := path.rstrip("/").rpartition("/")[2])]
 

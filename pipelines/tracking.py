@@ -201,7 +201,12 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            logging.getLogger(__name__).warning("MLflow refuses some metrics for good: %s", _reason(error))
+            if len(metrics) > 1:  # one that it refuses has all others refused
+                half = len(metrics) // 2
+                self._write(metrics[:half])
+                self._write(metrics[half:])
+            else:
+                logging.getLogger(__name__).warning("MLflow refuses a metric for good: %s", _reason(error))
 
     def _work(self) -> None:
         while not self._closing.wait(_FLUSH_SECONDS):

@@ -19,6 +19,8 @@ from d2l.errors import StorageError, UserError
 RETRY_AFTER_S = 1
 """When an overloaded server should be asked again."""
 
+STORAGE_UNAVAILABLE = "storage_unavailable"
+
 _SHOWN_PROBLEMS = 5
 
 logger = logging.getLogger("ray.serve")
@@ -45,7 +47,7 @@ class ApiError(Exception):
 def storage_error(error: UserError) -> ApiError:
     """What to tell the client where storage fails: not its mistake, and the places are none of its business."""
     logger.error("storage failed: %s", error)
-    return ApiError(503, "The storage is out of reach. Try again.", "storage_unavailable")
+    return ApiError(503, "The storage is out of reach. Try again.", STORAGE_UNAVAILABLE)
 
 
 def adapter_error(error: UserError) -> ApiError:
@@ -94,7 +96,7 @@ def handle_errors(app: FastAPI) -> None:
 async def _respond(request: Request, error: Exception) -> JSONResponse:
     known = as_api_error(error)
     headers = {"Retry-After": str(known.retry_after_s)} if known.retry_after_s else {}
-    if known.status == 504:
+    if known.status in (408, 504):
         headers["x-should-retry"] = "false"  # for OpenAI's clients: it would take as long again
     if known.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -1,14 +1,14 @@
 """The selector deployment: which of a tenant's documents a question is about, for the model name `base:auto`.
 
 Question and documents are compared by their embeddings and tokens (`d2l.ranking`), which conversion and uploads write
-into the catalogue. A tenant's are read from the table when it asks first, and again after its documents have changed;
-meanwhile it is answered from what was known before.
+into the catalogue. A tenant's are read from the table when it asks first, and again when it asks after they have
+changed; if that takes long, it is answered meanwhile from what was known before.
 """
 
 import asyncio
-import dataclasses
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ from serve.errors import storage_error
 
 _TAIL_S = 1.0
 """Pause between looks at the catalogue."""
+_PATIENCE_S = 1.0
+"""How long a question waits for what has changed."""
 _IDLE_S = 600.0
 """How long a tenant's documents are kept in memory after its last question."""
 
@@ -44,7 +46,8 @@ class _Index:
     events: list[Event]
     ranking: Ranking | None
     """None where there are no documents."""
-    stale: bool = False
+    changes: int
+    """How many changes of the tenant's documents had been seen when it was read."""
     asked: float = 0.0
     """When, by the monotonic clock."""
 
@@ -62,7 +65,8 @@ class Selector:
         self._embedder = await asyncio.to_thread(Embedder, EmbeddingModel.of(embedding))
         self._catalogue = await asyncio.to_thread(Catalogue, store)
         self._indexes: dict[str, _Index] = {}
-        self._using_table = asyncio.Lock()
+        self._reading: dict[str, asyncio.Task[UserError | None]] = {}
+        self._changes: Counter[str] = Counter()
         self._tailing = asyncio.create_task(self._tail())
 
     async def select(self, tenant: str, question: str, least: float) -> Choice | None:
@@ -93,37 +97,42 @@ class Selector:
         return await asyncio.to_thread(self._embedder, questions)
 
     async def _index(self, tenant: str) -> _Index:
-        if tenant not in self._indexes:
-            async with self._using_table:
-                if tenant not in self._indexes:
-                    try:
-                        self._indexes[tenant] = await asyncio.to_thread(self._read, tenant)
-                    except UserError as error:
-                        raise storage_error(error) from error
-        index = self._indexes[tenant]
+        index = self._indexes.get(tenant)
+        if index is None or index.changes != self._changes[tenant]:
+            if tenant not in self._reading:
+                self._reading[tenant] = asyncio.create_task(self._renew(tenant))
+            reading = self._reading[tenant]
+            await asyncio.wait([reading], timeout=_PATIENCE_S if index else None)
+            if index is None and (error := reading.result()):
+                raise storage_error(error) from error
+            index = self._indexes[tenant]
         index.asked = time.monotonic()
         return index
 
-    def _read(self, tenant: str) -> _Index:
+    async def _renew(self, tenant: str) -> UserError | None:
+        """Read the tenant's documents; what went wrong, if anything did."""
+        changes = self._changes[tenant]
+        try:
+            events, ranking = await asyncio.to_thread(self._read, tenant)
+            self._indexes[tenant] = _Index(events, ranking, changes, time.monotonic())
+            return None
+        except UserError as error:
+            logger.warning("documents of a tenant not read: %s", error)
+            return error
+        finally:
+            del self._reading[tenant]
+
+    def _read(self, tenant: str) -> tuple[list[Event], Ranking | None]:
         events, vectors_ND, terms_NT = self._catalogue.embeddings(tenant, self._embedder.name)
-        return _Index(events, Ranking(vectors_ND, terms_NT) if events else None)
+        return events, Ranking(vectors_ND, terms_NT) if events else None
 
     async def _tail(self) -> None:
         while True:
             await asyncio.sleep(_TAIL_S)
             try:
-                async with self._using_table:
-                    await self._refresh()
+                self._changes.update(event.tenant for event in await asyncio.to_thread(self._catalogue.refresh))
             except UserError as error:  # storage comes back; until then what is known is chosen from
                 logger.warning("catalogue not followed: %s", error)
-
-    async def _refresh(self) -> None:
-        for event in await asyncio.to_thread(self._catalogue.refresh):
-            if event.event != "failed" and (index := self._indexes.get(event.tenant)):
-                index.stale = True
-        idle = time.monotonic() - _IDLE_S
-        self._indexes = {tenant: index for tenant, index in self._indexes.items() if index.asked > idle}
-        for tenant, index in self._indexes.items():
-            if index.stale:
-                renewed = await asyncio.to_thread(self._read, tenant)
-                self._indexes[tenant] = dataclasses.replace(renewed, asked=index.asked)
+            idle = time.monotonic() - _IDLE_S
+            for tenant in [tenant for tenant, index in self._indexes.items() if index.asked < idle]:
+                del self._indexes[tenant]

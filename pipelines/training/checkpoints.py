@@ -80,8 +80,7 @@ class StepFolders:
             self._storage.filesystem.makedirs(self._storage.path(name), exist_ok=True)
             for path in Path(folder).iterdir():
                 self._storage.filesystem.put_file(str(path), self._storage.path(f"{name}/{path.name}"))
-            if self._storage.is_local:
-                os.sync()  # or after a power failure there might be the mark alone
+            _sync(self._storage)
             self._storage.create(f"{name}/{MARK}", json.dumps(state).encode())
             whole = sorted(self._steps(whole=True))
             broken = {other for other in self._steps(whole=False) if other < step} - set(whole)
@@ -121,19 +120,29 @@ def fetched(url: str) -> Iterator[Path]:
 
 
 def upload(local: Path, url: str, mark: str) -> None:
-    """Copy a local folder's files to `url`, the file `mark` last; nothing if that one is there as it is.
+    """Copy a local folder's files to `url`, the file `mark` last; nothing if all are there, and that one as it is.
 
     Raises:
         UserError: it cannot be written.
     """
     storage = Storage(url)
-    if storage.exists(mark) and storage.read(mark) == (local / mark).read_bytes():
+    files = sorted(local.iterdir(), key=lambda path: path.name == mark)
+    whole = {path.name for path in files} <= set(storage.names(""))
+    if whole and storage.read(mark) == (local / mark).read_bytes():
         return
     storage.remove(mark)
     with reported(url):
         storage.filesystem.makedirs(storage.path(), exist_ok=True)
-        for path in sorted(local.iterdir(), key=lambda path: path.name == mark):
+        for path in files:
+            if path.name == mark:
+                _sync(storage)
             storage.filesystem.put_file(str(path), storage.path(path.name))
+
+
+def _sync(storage: Storage) -> None:
+    """Before a mark: else after a power failure there might be the mark alone."""
+    if storage.is_local:
+        os.sync()
 
 
 def save_learning(folder: Path, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer) -> None:

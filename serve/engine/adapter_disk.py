@@ -90,16 +90,20 @@ class AdapterDisk:
     def _evict(self) -> None:
         """Remove what is too old, then the folders that were used least recently until the others fit."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        sizes: dict[Path, int] = {}
+        kept: list[tuple[float, int, Path]] = []
         for folder in self._folder.iterdir():
-            files = [file.stat() for file in folder.iterdir()]
+            try:
+                files = [file.stat() for file in folder.iterdir()]
+                used = folder.stat().st_mtime
+            except OSError:  # another engine is writing or removing it, or it is none of theirs
+                continue
             if files and min(file.st_mtime for file in files) < time.time() - _MAX_AGE_S:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                sizes[folder] = sum(file.st_size for file in files)
-        excess = sum(sizes.values()) - self._capacity
-        for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+                kept.append((used, sum(file.st_size for file in files), folder))
+        excess = sum(size for _, size, _ in kept) - self._capacity
+        for _, size, folder in sorted(kept):
             if excess <= 0:
                 return
             shutil.rmtree(folder, ignore_errors=True)
-            excess -= sizes[folder]
+            excess -= size

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import requests
 import torch
@@ -128,11 +129,11 @@ class VllmBatcher:
                     if answer.done:
                         return
             raise ApiError(500, "The engine ended the answer early. Try again.", "engine_failed")
-        except openai.APIConnectionError:
+        except (openai.APIConnectionError, httpx.TransportError):
             raise ApiError(503, "The engine is gone. Try again.", "replica_unavailable") from None
         except openai.BadRequestError as error:  # vLLM was given a window smaller than the model's, say
             raise ApiError(400, f"The engine refuses this: {error.message}") from None
-        except openai.APIStatusError as error:  # not sent on: it cannot be pickled
+        except openai.APIError as error:  # not sent on: it cannot be pickled
             logger.error("vLLM failed: %s", error)
             raise ApiError(503, "The engine failed. Try again.", "engine_failed") from None
         finally:

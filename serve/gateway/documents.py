@@ -26,7 +26,7 @@ from d2l.internalize import Document
 from d2l.store import check_doc_id
 from serve.catalogue.deployment import Upload, check_room
 from serve.catalogue.keys import ApiKey
-from serve.errors import ApiError, as_api_error
+from serve.errors import STORAGE_UNAVAILABLE, ApiError, as_api_error
 from serve.gateway.backend import Backend
 from serve.gateway.model_names import document_model, shown
 from serve.gateway.models import MOST_LISTED, After, Limit, page
@@ -43,8 +43,10 @@ _MOST_GOING_ON = 64
 _GOING_ON_AT_ONCE = 4
 """... and those of them that internalizers have."""
 _MOST_TRYING_S = 3600.0
+_MOST_LOSSES = 3
+"""So often a long document may cost a replica ..."""
 _PAUSES_S = (1.0, 4.0, 15.0, 60.0)
-"""Between tries of a long document where the fault is not its own; the last again and again."""
+"""... and these are the pauses between its tries; the last again and again."""
 _MOST_READ = 8
 """Files that wait for a gateway's reader at most."""
 _MULTIPART = "multipart/form-data"
@@ -254,23 +256,28 @@ class _Uploads:
     async def _go_on(self, given: _Given, key: ApiKey, accepted: asyncio.Future[Upload]) -> None:
         upload = await accepted
         try:
-            async with self._turns:  # else they would take the internalizers' queues from short ones
-                await self._finish_at_last(given, key, upload.accepted)
+            await self._finish_at_last(given, key, upload)
         except ApiError as error:
             await self._backend.catalogue.fail.remote(upload, error.message)
 
-    async def _finish_at_last(self, given: _Given, key: ApiKey, accepted: datetime) -> None:
-        """As `finish`, but waits for what is only overloaded, restarting or out of reach: nobody else tries again."""
+    async def _finish_at_last(self, given: _Given, key: ApiKey, upload: Upload) -> None:
+        """As `finish`, but waits for what is only overloaded or out of reach: nobody else tries again."""
         end = time.monotonic() + _MOST_TRYING_S
+        losses = 0
         for pause in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:
-                await self.finish(given, key, accepted)
+                async with self._turns:  # else they would take the internalizers' queues from short ones
+                    await self.finish(given, key, upload.accepted)
                 return
             except ApiError as error:
-                if error.status not in (429, 503) or time.monotonic() + pause > end:
+                waits = error.status == 429 or error.code == STORAGE_UNAVAILABLE
+                losses += not waits  # a replica or its memory, perhaps by this very document
+                if error.status not in (429, 503) or losses == _MOST_LOSSES or time.monotonic() + pause > end:
                     raise
                 logger.warning("an upload is tried again in %g s: %s", pause, error.message)
             await asyncio.sleep(pause)
+            if self._backend.directory.upload(key.tenant, given.doc_id) != upload:
+                return  # it was deleted meanwhile, or sent anew
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

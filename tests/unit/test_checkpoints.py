@@ -105,15 +105,19 @@ def test_a_result_that_is_there_is_left_alone_and_another_one_replaces_it(root, 
     local = tmp_path / "local"
     local.mkdir()
 
-    def send(version, **others):
-        for name, text in {"weights": version, "mark": version, **others}.items():
-            (local / name).write_text(text)
+    def send(version):
+        for name in ("weights", "mark"):
+            (local / name).write_text(version)
         upload(local, f"{root}/out", mark="mark")
 
     send("1")
-    send("1", card="says the same")
     storage = Storage(f"{root}/out")
-    assert not storage.exists("card")
+    storage.replace("weights", b"marked")
+    send("1")
+    assert storage.read("weights") == b"marked"  # not written again
+    storage.remove("weights")
+    send("1")
+    assert storage.read("weights") == b"1"
 
     def fails(*_):
         assert not storage.exists("mark")  # half a result is none

@@ -1,6 +1,7 @@
 """Uploads at the gateway: bodies that do not come, files that take long, long documents while something is away."""
 
 import asyncio
+import dataclasses
 import threading
 from datetime import UTC, datetime
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from d2l.catalogue import Event
+from serve.catalogue.deployment import Upload
 from serve.catalogue.keys import OPEN
-from serve.errors import ApiError
+from serve.errors import STORAGE_UNAVAILABLE, ApiError
 from serve.gateway import documents
 from serve.gateway.backend import Backend
 from serve.gateway.body_limit import BodyLimit
@@ -105,28 +107,43 @@ class Deployment:
         self.__dict__ |= methods
 
 
+AWAY, BUSY = ApiError(503, "away", STORAGE_UNAVAILABLE), ApiError(429, "busy")
+LOST = ApiError(503, "gone", "replica_unavailable")
+
+
 @pytest.mark.parametrize(
-    ("errors", "for_s", "tries", "failures"),
+    ("errors", "for_s", "tries", "end"),
     [
-        ([ApiError(503, "away"), ApiError(429, "busy")], 60, 3, 0),
-        ([ApiError(413, "too long")], 60, 1, 1),
-        ([ApiError(503, "away")], 0, 1, 1),
+        ([AWAY, BUSY, AWAY, BUSY], 60, 5, "commit"),
+        ([ApiError(413, "too long")], 60, 1, "fail"),
+        ([AWAY], 0, 1, "fail"),
+        ([LOST, AWAY, LOST], 60, 4, "commit"),
+        ([LOST] * 3, 60, 3, "fail"),
+        ([AWAY] * 3, 60, 2, "superseded"),
     ],
 )
-def test_a_long_document_waits_for_what_is_away_for_a_while(
-    errors: list[ApiError], for_s: float, tries: int, failures: int, monkeypatch: pytest.MonkeyPatch
+def test_a_long_document_waits_for_what_is_away(
+    errors: list[ApiError], for_s: float, tries: int, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "_PAUSES_S", (0.0, 0.01))
+    monkeypatch.setattr(documents, "_PAUSES_S", (0.0, 0.001))
     monkeypatch.setattr(documents, "_MOST_TRYING_S", for_s)
     event = Event("default", "doc", "v", "ready")
+    upload = Upload("default", "doc", "v", "gateway", NOW)
     internalize, commit, fail = Remote(event, *errors), Remote(event), Remote(None)
-    uploads = _Uploads(backend(Deployment(internalize=internalize), Deployment(commit=commit, fail=fail)))
+
+    class Known:
+        def upload(self, tenant: str, doc_id: str) -> Upload | None:
+            return None if end == "superseded" and internalize.calls == 2 else upload
+
+    deployments = Deployment(internalize=internalize), Deployment(commit=commit, fail=fail)
+    uploads = _Uploads(dataclasses.replace(backend(*deployments), directory=Known()))  # type: ignore[arg-type]
     uploads._check = lambda *_: None  # type: ignore[method-assign]
 
     async def main() -> None:
-        accepted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        accepted.set_result(type("Upload", (), {"accepted": NOW}))
+        accepted: asyncio.Future[Upload] = asyncio.get_running_loop().create_future()
+        accepted.set_result(upload)
         await uploads._go_on(_Given("doc", "text", ""), OPEN, accepted)
 
     asyncio.run(main())
-    assert (internalize.calls, commit.calls, fail.calls) == (tries, 1 - failures, failures)
+    assert internalize.calls == tries
+    assert (commit.calls, fail.calls) == (end == "commit", end == "fail")

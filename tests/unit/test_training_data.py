@@ -133,6 +133,14 @@ def test_a_share_of_batches_has_questions_of_other_documents(tiny_llama):
     assert all(len(b.documents) > 1 for b in batches if b.unrelated)
 
 
+def test_a_single_file_is_a_training_set(tmp_path):
+    write_rows(tmp_path / "train", [{"document": "a", "questions": ["b?"], "answers": ["c"]}])
+    (file,) = (tmp_path / "train").iterdir()
+    data = str(file.rename(tmp_path / "rows.parquet"))
+    assert open_row_groups(data, ["document"], "train").count == 1
+    assert open_row_groups(data, ["document"], "dev") is None
+
+
 def test_a_set_that_is_still_being_made_is_refused(tmp_path):
     data = write_rows(tmp_path / "train", [{"document": "a", "questions": ["b?"], "answers": ["c"]}])
     (tmp_path / "settings.json").write_text("{}")
