@@ -68,14 +68,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _meant(options: list[Any], values: dict[str, Any], where: str) -> Any:
     """Of several dataclasses the one that has all the fields and the fewest others, which are of later versions."""
-    names = {
-        option: {f.name for f in dataclasses.fields(option)} for option in options if dataclasses.is_dataclass(option)
-    }
-    fitting = [option for option in names if values.keys() <= names[option]]
+    kinds = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    names = {kind: {f.name for f in dataclasses.fields(kind)} for kind in kinds}
+    fitting = [kind for kind in kinds if values.keys() <= names[kind]]
     if not fitting:
-        kinds = ", ".join(option.__name__ for option in names)
-        raise UserError(f"{where}: fields {', '.join(values)} are of none of {kinds}")
-    return min(fitting, key=lambda option: len(names[option]))
+        known = ", ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{where}: fields {', '.join(values)} are of none of {known}")
+    return min(fitting, key=lambda kind: len(names[kind]))
 
 
 def save_json(values: dict[str, Any], path: Path) -> None:
