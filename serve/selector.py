@@ -105,7 +105,8 @@ class Selector:
             await asyncio.wait([reading], timeout=_PATIENCE_S if index else None)
             if index is None and (error := reading.result()):
                 raise storage_error(error) from error
-            index = self._indexes[tenant]
+            index = self._indexes.get(tenant, index)  # a late question's old one may have been forgotten meanwhile
+            assert index is not None
         index.asked = time.monotonic()
         return index
 

@@ -150,9 +150,7 @@ class CatalogueDeployment:
             await self._tell(replace(upload, status="failed", reason=reason))
 
     async def _tell(self, upload: Upload) -> None:
-        self._uploads.pop((upload.tenant, upload.doc_id), None)
-        self._uploads[upload.tenant, upload.doc_id] = upload
-        forget_oldest(self._uploads)
+        remember(self._uploads, upload)
         await self._feed.delivered(await self._feed.publish([upload]))
 
     async def admit(self, key: ApiKey) -> None:
@@ -267,8 +265,10 @@ class CatalogueDeployment:
                 logger.warning("catalogue not followed: %s", error)
 
 
-def forget_oldest(uploads: dict[tuple[str, str], Upload]) -> None:
-    """Bound what is remembered, in the same way wherever it is."""
+def remember(uploads: dict[tuple[str, str], Upload], upload: Upload) -> None:
+    """Add an upload as the newest, and forget the oldest beyond `_MOST_UPLOADS`: alike in catalogue and gateways."""
+    uploads.pop((upload.tenant, upload.doc_id), None)
+    uploads[upload.tenant, upload.doc_id] = upload
     while len(uploads) > _MOST_UPLOADS:
         del uploads[next(iter(uploads))]
 

@@ -11,7 +11,7 @@ import uuid
 from ray.serve.handle import DeploymentHandle
 
 from d2l.catalogue import Catalogue, Event
-from serve.catalogue.deployment import POLL_S, Start, Upload, forget_oldest
+from serve.catalogue.deployment import POLL_S, Start, Upload, remember
 from serve.catalogue.feed import LEASE_S, Update
 from serve.catalogue.keys import OPEN, ApiKey, Keys
 from serve.errors import ApiError
@@ -102,9 +102,7 @@ class Directory:
         if isinstance(item, Keys):
             self._keys = item
         elif isinstance(item, Upload):
-            self._uploads.pop((item.tenant, item.doc_id), None)
-            self._uploads[item.tenant, item.doc_id] = item
-            forget_oldest(self._uploads)
+            remember(self._uploads, item)
         else:
             self.catalogue.apply([item])
             upload = self._uploads.get((item.tenant, item.doc_id))

@@ -43,10 +43,11 @@ _MOST_GOING_ON = 64
 _GOING_ON_AT_ONCE = 4
 """... and those of them that internalizers have."""
 _MOST_TRYING_S = 3600.0
+"""How long a long document is tried again while something is away ..."""
 _MOST_LOSSES = 3
-"""So often a long document may cost a replica ..."""
+"""... how often at most where each try may have cost a replica ..."""
 _PAUSES_S = (1.0, 4.0, 15.0, 60.0)
-"""... and these are the pauses between its tries; the last again and again."""
+"""... and the pauses between tries; the last again and again."""
 _MOST_READ = 8
 """Files that wait for a gateway's reader at most."""
 _MULTIPART = "multipart/form-data"

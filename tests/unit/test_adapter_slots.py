@@ -1,5 +1,8 @@
 """The table of a batch's adapters: each slot holds what its adapter does, whatever was there before."""
 
+import gc
+import weakref
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +55,12 @@ def test_an_adapter_stays_until_its_slot_is_needed(tiny_llama: BaseModel):
     slots.release(first)
     assert slots.acquire(three) == first
     assert first.table.factors["down_proj"].a is table
+
+
+def test_slots_keep_no_adapter_that_nobody_else_has(tiny_llama: BaseModel):
+    adapter, slots = random_adapter(tiny_llama), AdapterSlots(tiny_llama)
+    slots.release(slots.acquire(adapter))
+    gone = weakref.ref(adapter)
+    del adapter
+    gc.collect()
+    assert gone() is None
