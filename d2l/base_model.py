@@ -7,6 +7,7 @@ Any decoder-only `AutoModelForCausalLM` whose decoder is a list of layers and a 
 and their like): layers and target modules are found by structure and name, never by a path.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -172,6 +173,14 @@ class BaseModel:
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     @cached_property
+    def document_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy for documents, which must have no special tokens.
+
+        A tokenizer keeps that setting, and a prompt that another thread makes meanwhile would have it, too.
+        """
+        return copy.deepcopy(self.tokenizer)
+
+    @cached_property
     def affixes(self) -> Affixes:
         """What the chat template puts around a document."""
         return Affixes.of(self.tokenizer)
@@ -194,7 +203,8 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it fast, else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
     capability = torch.backends.cpu.get_cpu_capability()
     fast = capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32

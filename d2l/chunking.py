@@ -68,24 +68,6 @@ def check_text(text: str, what: str = "document") -> str:
     return text
 
 
-def read_text(path: str) -> str:
-    """A text file, local or remote (fsspec), as UTF-8.
-
-    Raises:
-        UserError: missing, unreadable, not UTF-8, binary, or empty.
-    """
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rb") as stream:
-            data = stream.read()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    return decode_text(data, path)
-
-
 def decode_text(data: bytes, what: str) -> str:
     """The text of a file's bytes, as UTF-8 with or without a byte order mark.
 

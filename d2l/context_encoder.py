@@ -153,7 +153,8 @@ def _doubled(ids_NT: Tensor, places_NT: Tensor) -> Tensor:
 
 def _second(places_NT: Tensor, x_N2Td: Tensor) -> Tensor:
     """What belongs to each chunk's second time, [chunks, tokens, d]."""
-    return x_N2Td.gather(1, places_NT.unsqueeze(-1).expand(-1, -1, x_N2Td.shape[-1]))
+    starts_N1 = torch.arange(len(x_N2Td), device=x_N2Td.device).unsqueeze(1) * x_N2Td.shape[1]
+    return x_N2Td.flatten(0, 1).index_select(0, (starts_N1 + places_NT).flatten()).view(*places_NT.shape, -1)
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from d2l import readers
 from d2l.chunking import check_text, decode_text
 from d2l.errors import UserError
+from d2l.storage import Storage
 
 TEXT = "text"
 """Extractor of what is text already."""
@@ -44,6 +45,19 @@ def extract(data: bytes, name: str) -> str:
     if extractor_of(name) == TEXT:
         return decode_text(data, name)
     return check_text(_reader.read(data, name), name)
+
+
+def read_text(path: str) -> str:
+    """The text of a file, local or remote; one whose suffix is not known must be text.
+
+    Raises:
+        UserError: as `extract`, or the file is missing or unreadable.
+    """
+    folder, _, name = path.rpartition("/")
+    try:
+        return extract(Storage(folder or ("/" if path.startswith("/") else ".")).read(name), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
 
 
 def _suffix(name: str) -> str:

@@ -86,9 +86,9 @@ def place_rows(base: BaseModel, adapters: Sequence[Adapter | None]) -> PlacedRow
     order = {id(adapter): i for i, adapter in enumerate(distinct)}
     rows = Rows(tuple(order[id(adapter)] if adapter else None for adapter in adapters))
     layers = tuple(sorted({layer for adapter in distinct for layer in adapter.layers}))
-    spread = [spread_layers(adapter.scaled_factors(), adapter.layers, layers) for adapter in distinct]
-    factors = stack(spread) if distinct else {}
-    return PlacedRows(map_tensors(factors, lambda t: t.to(base.device, base.dtype)), rows, layers)
+    scaled = [map_tensors(adapter.scaled_factors(), lambda t: t.to(base.device, base.dtype)) for adapter in distinct]
+    spread = [spread_layers(own, adapter.layers, layers) for own, adapter in zip(scaled, distinct, strict=True)]
+    return PlacedRows(stack(spread) if distinct else {}, rows, layers)
 
 
 @contextmanager
@@ -213,7 +213,10 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, runs: tuple[Run, ...], scal
     uniform = all(end - start == length for start, end, _ in runs)
     if uniform and count == len(a) and all(adapter == i for i, (_, _, adapter) in enumerate(runs)):
         hidden = torch.bmm(x.view(count, length, -1), a.mT)
-        return torch.baddbmm(y.view(count, length, -1), hidden, b, alpha=scale).flatten(0, 1)
+        shaped = y.view(count, length, -1)
+        # Without gradients in place: a linear module's output is nobody else's.
+        add = shaped.baddbmm if torch.is_grad_enabled() else shaped.baddbmm_
+        return add(hidden, b, alpha=scale).flatten(0, 1)
     long, groups = _group(runs, x.device)
     if any(adapter is not None for _, _, adapter in long):
         # Split and unbound once: slicing run by run would make autograd zero-fill all tokens and adapters at each run.

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from d2l.adapter import Adapter, Provenance, check_rank
 from d2l.base_model import BaseModel
 from d2l.chunking import batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
-from d2l.factors import LowRank, concat_ranks, map_tensors, rank_of, sketch, split_documents
+from d2l.factors import concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
 from d2l.memory import Memory
 
@@ -56,6 +57,7 @@ class _Job:
     """A document on its way."""
 
     index: int
+    name: str
     digest: str
     tokens: int
     chunks: list[Sequence[int]]
@@ -120,11 +122,11 @@ class Internalizer:
 
     def _start(self, index: int, document: Document) -> _Job:
         chunking = self.hypernetwork.config.chunking
-        ids = document_ids(document.text, self.base.tokenizer, chunking, document.name)
+        ids = document_ids(document.text, self.base.document_tokenizer, chunking, document.name)
         memory = Memory(self._strengths, self.config.gathered_rows or self._enough_rows)
-        return _Job(index, document.digest, len(ids), split_evenly(ids, chunking), memory)
+        return _Job(index, document.name, document.digest, len(ids), split_evenly(ids, chunking), memory)
 
-    def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
+    def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter | UserError]]:
         """Run all chunks of the window, longest first, in batches of the token budget.
 
         A document's chunks never get longer towards its end and sorting is stable, so they stay in order.
@@ -138,20 +140,23 @@ class Internalizer:
     def _width(self, chunk: Sequence[int]) -> int:
         return (self._affixes.length + len(chunk)) * (2 if self.hypernetwork.encoder.twice else 1)
 
-    def _run(self, waiting: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter]]:
+    def _run(self, waiting: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter | UserError]]:
         chunks = [job.chunks[number] for job, number in waiting]
         batch = batch_chunks(chunks, self._affixes, self.base.pad_id).to(self.base.device)
         factors = split_documents(self.hypernetwork(batch), [1] * len(waiting))
         for (job, _), rows, where in zip(waiting, factors, self.hypernetwork.encoder.rows(batch), strict=True):
             if self.hypernetwork.generator.token_rows:  # without those of zeros, whose number depends on the batch
-                rows = {name: LowRank(*(t[:, where] for t in pair)) for name, pair in rows.items()}
+                written = where.nonzero().squeeze(1)
+                rows = map_tensors(rows, lambda t: t.index_select(1, written))  # noqa: B023
             job.memory.add(rows)
             job.done += 1
             if job.done == len(job.chunks):
                 yield job.index, self._finish(job)
 
-    def _finish(self, job: _Job) -> Adapter:
+    def _finish(self, job: _Job) -> Adapter | UserError:
         factors, error, room = job.memory.factors(), 0.0, self.config.max_rank - self.hypernetwork.config.bias_rank
+        if not all(t.isfinite().all() for pair in factors.values() for t in pair):
+            return UserError(f"{job.name}: hypernetwork {self._fingerprint} gives no finite adapter; is it trained?")
         if rank_of(factors) > room:
             factors, error = sketch(factors, room)
         provenance = Provenance(
@@ -163,8 +168,9 @@ class Internalizer:
             base_digests=self.base.digests,
             compression_error=error,
         )
+        whole = concat_ranks([factors, self._bias]) if self._bias else factors
         return Adapter(
-            concat_ranks([factors, self._bias]) if self._bias else factors,
+            map_tensors(whole, Tensor.cpu),  # many documents' would fill a GPU
             self.hypernetwork.config.bias_rank,
             self.hypernetwork.config.scale,
             self._paths,

@@ -219,12 +219,12 @@ def adapter_id(
     Args:
         text_digest: of the document, as in its provenance.
         hypernetwork: its fingerprint.
-        internalize: conversion settings; `batch_tokens` does not count, it decides nothing but rounding.
+        internalize: conversion settings; only `max_rank` counts, the others decide nothing but rounding.
         chunking: how the document is cut.
         extractor: name of what made the text of the document's file.
         dtype: name of the compute dtype, `bfloat16` say.
     """
-    settings = {k: v for k, v in to_dict(internalize).items() if k != "batch_tokens"}
+    settings = {"max_rank": internalize.max_rank, "gathered_rows": None}  # as the first ids had them
     work = [text_digest, hypernetwork, settings, to_dict(chunking), extractor, dtype]
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -13,10 +13,11 @@ import tyro
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.chunking import read_text
 from d2l.errors import UserError
+from d2l.extract import read_text
 from d2l.generation import SamplingConfig
 from d2l.model import SHIPPED, DocToLora
+from pipelines.teacher import document_question
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class AskConfig:
     question: Annotated[str, tyro.conf.Positional]
     """What to ask."""
     document: str
-    """Text file, local or remote."""
+    """File, local or remote: text, Markdown, HTML, PDF or Word."""
     hypernetwork: str = SHIPPED
     """Hypernetwork checkpoint: a folder, local or remote, or models:/NAME@ALIAS; the shipped one by default."""
     base: str | None = None
@@ -52,7 +53,7 @@ def ask(config: AskConfig) -> dict[str, Any]:
     reading = time.perf_counter() - began
     if config.save:
         adapter.save(config.save)
-    in_prompt = f"{text}\n\n{config.question}"
+    in_prompt = document_question(text, config.question)
     window = model.base.window
     prompt_tokens = len(model.base.prompt_ids([{"role": "user", "content": in_prompt}]))
     answers = [

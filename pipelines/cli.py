@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from d2l.errors import StorageError, UserError
@@ -177,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cause = _user_error(error)
         if cause is None:
             raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(cause)}", markup=True)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error:[/] {escape(str(cause))}", markup=True
+        )
         sys.exit(1)
     if as_json:
         print(json.dumps(report, default=str))
@@ -247,12 +250,6 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _plain(error: UserError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
-
-
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print a report: scalars as lines, lists and dicts of records as tables."""
     console = console or Console(highlight=False)
@@ -268,8 +265,6 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
 
 def _table(title: str, records: list[dict[str, Any]]) -> Table:
-    from rich.markup import escape
-
     columns = list(dict.fromkeys(column for record in records for column in record))
     table = Table(title=title, title_justify="left")
     for column in columns:

@@ -8,23 +8,36 @@ import ray
 import ray.data
 import torch
 
+from d2l.errors import UserError
+from d2l.storage import one_line
 
-def connect(worker_output: bool = True) -> None:
+
+def connect(worker_output: bool = True, here: bool = False) -> None:
     """Connect to `$RAY_ADDRESS`, or start Ray on this machine; does nothing when connected already.
 
     Args:
         worker_output: whether what workers print and log is shown here too.
+        here: start Ray on this machine whatever `$RAY_ADDRESS` says: for what ends all that Serve has running.
+
+    Raises:
+        UserError: there is no cluster at `$RAY_ADDRESS`.
     """
     if not ray.is_initialized():
-        local = not os.environ.get("RAY_ADDRESS")
+        address = "local" if here else os.environ.get("RAY_ADDRESS") or "local"
+        local = address == "local"
         # The dashboard stays on: without one, Ray Train's clean-up asks whichever other cluster runs on this machine
         # whether its own controller lives, is told no, and removes the workers. Ray Data's pipelines of several stages
         # need several slots to make progress, whatever the machine's cores.
         slots = {"num_cpus": max(8, os.cpu_count() or 1)} if local else {}
         if local:
             os.environ.setdefault("RAY_worker_niceness", "0")  # the job is what this machine is for
-        address = os.environ.get("RAY_ADDRESS", "local")
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=worker_output, **slots)
+        try:
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=worker_output, **slots)
+        except (ConnectionError, ValueError) as error:  # nobody answers; no such address
+            if local:
+                raise
+            reason = one_line(error).partition(". ")[0]
+            raise UserError(f"RAY_ADDRESS={address}: no cluster there ({reason}); start one, or unset it") from error
     # The jobs have progress bars of their own.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

@@ -70,7 +70,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         UserError: the port is taken, the folder cannot be written, or there are no documents in the user's.
     """
     folder, own = config.folder, _own_documents(config.documents)
-    cluster.connect(worker_output=False)
+    cluster.connect(worker_output=False, here=True)
     served = ServeConfig(store=str(folder / "store"), port=config.port)
     questions = _write_documents(folder / "documents")
     print(f"1. {len(questions)} documents written to {folder / 'documents'}")

@@ -1,15 +1,28 @@
 """Real prose for haystacks: which texts train, which are kept for evaluation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
-from d2l.chunking import read_text
 from d2l.errors import UserError
+from d2l.extract import read_text
+from d2l.storage import Storage, one_line, reported
 
 _HELD_OUT = 10
 """Every tenth text is for evaluation."""
+
+
+@contextmanager
+def arrow_reported(path: str) -> Iterator[None]:
+    """Turn what goes wrong in reading a Parquet file into a UserError that names it."""
+    try:
+        with reported(path):
+            yield
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
 
 def load_prose(path: str, held_out: bool) -> list[str]:
@@ -23,13 +36,15 @@ def load_prose(path: str, held_out: bool) -> list[str]:
         UserError: no such file, no such column, or too few texts to keep some for evaluation.
     """
     if Path(path).suffix == ".parquet":
-        filesystem, inner = url_to_fs(path)
-        if not filesystem.exists(inner):
+        storage = Storage(path)
+        if not storage.exists(""):
             raise UserError(f"{path}: no such file")
-        schema = pq.read_schema(inner, filesystem=filesystem)
-        if "text" not in schema.names:
-            raise UserError(f"{path}: no column 'text'; it has {', '.join(schema.names)}")
-        texts = pq.read_table(inner, columns=["text"], filesystem=filesystem)["text"].to_pylist()
+        where = {"filesystem": storage.arrow_filesystem}
+        with arrow_reported(path):
+            schema = pq.read_schema(storage.path(), **where)
+            if "text" not in schema.names:
+                raise UserError(f"{path}: no column 'text'; it has {', '.join(schema.names)}")
+            texts = pq.read_table(storage.path(), columns=["text"], **where)["text"].to_pylist()
     else:
         texts = [part for part in read_text(path).split("\n\n") if part.strip()]
     kept = [text for i, text in enumerate(texts) if (text or "").strip() and (i % _HELD_OUT == 0) == held_out]

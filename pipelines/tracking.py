@@ -134,16 +134,12 @@ def forgiven(what: str) -> Iterator[None]:
         logging.getLogger(__name__).warning("MLflow did not take %s: %s", what, _reason(error))
 
 
-def log_json(config: TrackingConfig, values: dict[str, Any], name: str) -> None:
-    """Record a JSON object as the run's artifact `name`."""
-    MlflowClient(config.uri).log_dict(config.run_id, values, name)
-
-
 def git_tags() -> dict[str, str]:
     """Commit and state of the Git checkout that the code runs from, as tags of a run; none if it is in no checkout."""
     try:
-        where = Path(__file__).parent
-        command = ["git", "-C", str(where)]
+        command = ["git", "-C", str(Path(__file__).parent)]
+        ours = [*command, "ls-files", "--error-unmatch", Path(__file__).name]  # not the checkout that a .venv lies in
+        subprocess.run(ours, capture_output=True, check=True, timeout=10)
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
         state = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -257,7 +257,8 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
             address = os.environ.get("RAY_ADDRESS", "local")  # not whatever other cluster this machine runs
             ray.init(address, num_cpus=_slots(config) if address == "local" else None)
             cleanup.callback(ray.shutdown)
-            cleanup.callback(serve.shutdown)
+            if address == "local":  # a cluster's Serve may have other applications
+                cleanup.callback(serve.shutdown)
         if blocking:
             for number in (signal.SIGINT, signal.SIGTERM):
                 cleanup.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))

@@ -206,8 +206,7 @@ class _Maker:
             return
         if (least := size // self._model.base.longest_token) > most:  # not tokenised: it may be megabytes
             raise _too_long(f"at least {least:,}", most)
-        # As `document_ids` does it: a tokenizer keeps the setting, and another thread's document is not to get ours.
-        tokenizer = self._model.base.tokenizer
+        tokenizer = self._model.base.document_tokenizer  # as `document_ids` does it
         ids = tokenizer(work.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         tokens = len(ids)
         if tokens > most:

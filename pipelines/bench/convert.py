@@ -20,6 +20,7 @@ from typing import Any
 from d2l.adapter import COMMIT_MARK
 from d2l.catalogue import Catalogue
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
+from d2l.errors import UserError
 from d2l.internalize import Document
 from d2l.model import SHIPPED, DocToLora
 from d2l.store import AdapterStore
@@ -49,6 +50,10 @@ class BenchConvertConfig:
     """Timings of `batched_to_single`; the median counts."""
     gpus: float = 0
     """GPUs of the job's actor and of the loop; on the CPU if 0."""
+
+    def __post_init__(self) -> None:
+        if self.batch_documents < 1 or self.documents < 2 * self.batch_documents:
+            raise UserError("--documents must be at least two batches, of at least one document")  # the first warms up
 
 
 def bench_convert(config: BenchConvertConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`d2l bench internalize`: how long a document takes, against the passes of the base model that bound it; and memory.
 
 The physical limit is one forward pass of the context encoder, though a hypernetwork may read twice; what a user would
-do otherwise is a prefill with the document in the prompt. Both run on the same chunks, in the same dtype and batch.
+do otherwise is a prefill with the document in the prompt. Both are in the same dtype, the encoder's on the same chunks.
 Peak memory above the loaded model is taken in a fresh process for each length.
 """
 
@@ -41,10 +41,11 @@ def bench_internalize(config: BenchInternalizeConfig) -> dict[str, Any]:
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     chunks = split_evenly(ids, model.hypernetwork.config.chunking)
     batch = batch_chunks(chunks, base.affixes, base.pad_id).to(base.device)
+    prompt = torch.tensor([base.prompt_ids([{"role": "user", "content": text}])], device=base.device)
 
     @torch.no_grad()
     def prefill() -> None:
-        base.model(input_ids=batch.ids, use_cache=True, logits_to_keep=1)
+        base.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
     def encode() -> None:

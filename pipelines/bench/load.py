@@ -46,6 +46,7 @@ from d2l.store import AdapterStore
 from pipelines import cluster
 from pipelines.bench.serve import random_adapter
 from pipelines.bench.timing import interleaved
+from pipelines.progress import Progress
 from serve.app import APP_NAME, ServeConfig, run
 from serve.catalogue.deployment import CatalogueDeployment
 from serve.engine.adapter_cache import Key
@@ -69,7 +70,7 @@ class BenchLoadConfig:
     hypernetwork: str = SHIPPED
     """Checkpoint for uploads, which says base model and target modules."""
     seconds: float = 300
-    """How long, for each of the two."""
+    """How long, for each of the three."""
     replicas: int = 2
     """Engines."""
     adapters: int = 500
@@ -106,7 +107,7 @@ class BenchLoadConfig:
 def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
     """Overhead, failures, loads, latencies and memory, ours and Serve's."""
     report: dict[str, Any] = {}
-    cluster.connect(worker_output=False)
+    cluster.connect(worker_output=False, here=True)
     with TemporaryDirectory() as folder:
         size = _fill(config, folder)
         served = ServeConfig(
@@ -291,7 +292,8 @@ class _Load:
             )
             if answer.choices[0].finish_reason not in ("stop", "length"):
                 self._failures["no whole answer"] += 1
-            self._latencies.append(time.perf_counter() - began)
+            else:
+                self._latencies.append(time.perf_counter() - began)
 
     @asynccontextmanager
     async def _honest(self) -> AsyncIterator[None]:
@@ -318,9 +320,11 @@ class _Load:
                 await self._ask(doc_id)
 
     async def _watch(self) -> None:
-        while True:
-            self._megabytes.append(sum(map(_resident, _engines())) / 1e6)
-            await asyncio.sleep(_SAMPLE_EVERY_S)
+        with Progress("asking for so many seconds", round(self._config.seconds)) as progress:
+            while True:
+                self._megabytes.append(sum(map(_resident, _engines())) / 1e6)
+                await asyncio.sleep(_SAMPLE_EVERY_S)
+                progress.advance(round(_SAMPLE_EVERY_S), f"{len(self._latencies)} answers")
 
 
 def _engines() -> list[psutil.Process]:

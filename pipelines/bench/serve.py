@@ -90,6 +90,8 @@ class BenchServeConfig:
 def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
     """Tokens per second, seconds and ratios."""
     name = base_model_of(config.hypernetwork)
+    if config.llama and name not in BUNDLED_MODELS.values():
+        raise UserError(f"llama.cpp is run with the bundled base model; {config.hypernetwork} is for {name}")
     base = load_base_model(name)
     made_by = Hypernetwork.from_pretrained(config.hypernetwork, base)
     adapters = {rank: [random_adapter(base, made_by, rank) for _ in range(config.requests)] for rank in config.ranks}
@@ -159,8 +161,6 @@ def _against_peers(
 
     report: dict[str, Any] = {}
     if config.llama:
-        if name not in BUNDLED_MODELS.values():
-            raise UserError(f"llama.cpp is run with the bundled base model; {config.hypernetwork} is for {name}")
         longest = max(map(len, prompts)) + config.new_tokens
         with (
             tempfile.TemporaryDirectory() as folder,

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from d2l.errors import UserError
+from pipelines.progress import Progress
+
 
 def now() -> float:
     """Seconds of a clock, once a GPU has done what it was given."""
@@ -15,12 +18,20 @@ def now() -> float:
 
 
 def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each alternative over `rounds` rounds, after one that does not count."""
+    """Median seconds of each alternative over `rounds` rounds, after one that does not count.
+
+    Raises:
+        UserError: there is no round.
+    """
+    if rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {rounds}")
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    for turn in range(rounds + 1):
-        for name, run in alternatives.items():
-            began = now()
-            run()
-            if turn:
-                seconds[name].append(now() - began)
+    with Progress("timing", (rounds + 1) * len(alternatives)) as progress:
+        for turn in range(rounds + 1):
+            for name, run in alternatives.items():
+                began = now()
+                run()
+                if turn:
+                    seconds[name].append(now() - began)
+                progress.advance(1, name)
     return {name: statistics.median(values) for name, values in seconds.items()}

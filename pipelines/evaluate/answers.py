@@ -6,13 +6,16 @@ trials: `needle_trial`, `qa_trial`.
 """
 
 import json
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, Literal, TypeVar
 
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from d2l.config import from_dict, load_json, save_json, to_dict
@@ -94,7 +97,7 @@ class Evaluation(Generic[Setting]):
                     f"{folder}: holds answers of another setting ({'; '.join(changed)}); give another --output"
                 )
             run_id = before.mlflow_run
-        record = tracking.open_run(replace(config.tracking, run_id=run_id), name, config)
+        record = tracking.open_run(replace(config.tracking, run_id=run_id), name, config, tracking.git_tags())
         Evaluation(setting, record.run_id).save(folder)
         return record
 
@@ -171,6 +174,14 @@ class Running(Generic[Trial]):
     """For that run."""
     log: AnswerLog[Trial]
     """What was answered so far."""
+
+    def score(self, scores: Iterable[tuple[str, float, int]]) -> None:
+        """Put scores on record: names, of which characters that MLflow refuses are left out, values and steps."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(re.sub(r"[^\w./: -]", "", name), value, now, step) for name, value, step in scores]
+        with tracking.forgiven("the scores"):
+            for start in range(0, len(metrics), 1000):  # MLflow takes no more at a time
+                self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
 
     def keep(self, paths: list[Path]) -> None:
         """Put the answers and other files on record."""

@@ -17,6 +17,7 @@ from d2l.chat import chat_text
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
+from pipelines.teacher import document_question
 
 _MARK = "\u2063document\u2063"
 _PIECE = 8192
@@ -80,7 +81,7 @@ class InContext:
 
     def _around(self, question: str) -> tuple[list[int], list[int]]:
         """The prompt's tokens before and after the document."""
-        turn = [{"role": "user", "content": f"{_MARK}\n\n{question}"}]
+        turn = [{"role": "user", "content": document_question(_MARK, question)}]
         text = chat_text(self.base.tokenizer, turn, add_generation_prompt=True)
         before, after = (self.base.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(_MARK))
         return before, after

@@ -41,10 +41,11 @@ class DistillationConfig:
 class Distiller:
     """Trains LoRAs on a model's base, for the modules that its hypernetwork adapts."""
 
-    def __init__(self, model: DocToLora, config: DistillationConfig, sampling: SamplingConfig):
+    def __init__(self, model: DocToLora, config: DistillationConfig, sampling: SamplingConfig, processes: int = 1):
+        """Take a model; `processes` is how many of a kind the cluster has."""
         self._model, self._config = model, config
         self._reader = InContext(model.base, sampling)
-        self._teacher = Teacher(model.base)
+        self._teacher = Teacher(model.base, processes=processes)
 
     def generated_questions(self, document: str) -> list[str]:
         """What the base model asks about a document, as far as it passes the filters of `d2l prepare`; maybe none."""

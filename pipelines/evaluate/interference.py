@@ -6,6 +6,7 @@ them. What it costs in answers to other questions stands in every report of `d2l
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -57,22 +58,24 @@ def evaluate_interference(config: EvaluateInterferenceConfig) -> dict[str, Any]:
         95% interval (bootstrap over passages) `low` and `high`; `passages`; fingerprint and MLflow run.
 
     Raises:
-        UserError: bad options, no such checkpoint, or no texts.
+        UserError: bad options, no such checkpoint, or too few texts.
     """
     if config.passages < 2 or config.tokens < 2 or config.workers < 1:
         raise UserError("--passages and --tokens must be at least 2, --workers at least 1")
     config = config.anywhere()
     fingerprint = read_config(config.hypernetwork)["fingerprint"]
     documents, texts = (load_prose(path, held_out=True) for path in (config.documents, config.prose))
-    pairs = [
-        {"document": documents[i % len(documents)], "text": texts[i % len(texts)], "number": i // len(texts)}
-        for i in range(config.passages)
-    ]
+    pairs = list(_pairs(documents, texts, config.passages))
     with ExitStack() as stack:
-        record = tracking.open_run(config.tracking, "interference", config)
+        record = tracking.open_run(config.tracking, "interference", config, tracking.git_tags())
         client = stack.enter_context(tracking.closing(record))
         cluster.connect()
         measured = _run(config, pairs)
+        if len(measured) < 2:
+            raise UserError(
+                f"{config.prose}: has {len(measured)} passages of {config.tokens} tokens; give longer texts, or fewer "
+                "--tokens"
+            )
         nats, adapted, tokens = (measured[:, column] for column in range(3))
         low, high = bootstrap(adapted - nats, tokens)
         result = {
@@ -106,6 +109,20 @@ def show(result: dict[str, Any]) -> None:
         f"{result['low']:+.2%} to {result['high']:+.2%}",
     )
     Console().print(table)
+
+
+def _pairs(documents: list[str], texts: list[str], count: int) -> Iterator[dict[str, Any]]:
+    """Passages, `number` being a passage's place in its text, and with each a document that is not that text.
+
+    Raises:
+        UserError: there is no other.
+    """
+    for i in range(count):
+        text = texts[i % len(texts)]
+        others = (document for n in range(len(documents)) if (document := documents[(i + n) % len(documents)]) != text)
+        if (document := next(others, None)) is None:
+            raise UserError("--documents has the same text as --prose and no other; give other documents, or more")
+        yield {"document": document, "text": text, "number": i // len(texts)}
 
 
 def _run(config: EvaluateInterferenceConfig, pairs: list[dict[str, Any]]) -> np.ndarray:

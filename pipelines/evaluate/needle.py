@@ -9,14 +9,12 @@ it stopped, and with more lengths or samples it adds those.
 """
 
 import hashlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray.data
-from mlflow.entities import Metric
 
 from d2l.adapter import check_rank
 from d2l.base_model import BUNDLED_MODELS
@@ -24,7 +22,7 @@ from d2l.config import from_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.tasks.needle import NeedleConfig
-from pipelines import cluster, tracking
+from pipelines import cluster
 from pipelines.evaluate import needle_report
 from pipelines.evaluate.answers import AnswerLog, running
 from pipelines.evaluate.config import EvaluateConfig
@@ -90,8 +88,7 @@ def evaluate_needle(config: EvaluateNeedleConfig) -> dict[str, Any]:
         trials = list(log.read())
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
         result = needle_report.write(evaluation.folder, trials, about)
-        with tracking.forgiven("the scores"):
-            _log_metrics(evaluation.client, evaluation.run_id, scores(trials))
+        evaluation.score(_metrics(scores(trials)))
         evaluation.keep(needle_report.files(evaluation.folder))
     return result
 
@@ -100,8 +97,12 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
     """The setting, once all that can be known without the base model is seen to be right."""
     if config.haystack == "prose" and not config.prose:
         raise UserError("--haystack prose needs --prose FILE, the texts to hide the needles in")
+    if config.prose and config.haystack != "prose":
+        raise UserError("--prose is for --haystack prose; give both, or neither")
     if not config.lengths or min(config.lengths) < 1 or min(config.samples, default=0) < 1:
         raise UserError("--lengths and --samples must be at least 1")
+    if len(set(config.lengths)) < len(config.lengths):
+        raise UserError("--lengths needs each length once")
     if len(config.samples) not in (1, len(config.lengths)):
         raise UserError(
             f"--samples has {len(config.samples)} numbers for {len(config.lengths)} lengths; give one, or one for each"
@@ -116,7 +117,7 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
         if rank:
             check_rank(rank, made.bias_rank)
     NeedleConfig(needles=config.needles, distractors=config.distractors)
-    digest = hashlib.sha256("\0".join(haystack_texts(config)).encode()).hexdigest()[:16] if config.prose else ""
+    prose = "\0".join(haystack_texts(config))
     base = config.base or values["base_model"]
     return Setting(
         hypernetwork=values["fingerprint"],
@@ -124,8 +125,10 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
         needles=config.needles,
         distractors=config.distractors,
         haystack=config.haystack,
-        prose=digest if config.haystack == "prose" else "",
+        prose=hashlib.sha256(prose.encode()).hexdigest()[:16] if prose else "",
         ranks=tuple(sorted(config.ranks, reverse=True)),
+        in_context=config.in_context,
+        timed=config.timed,
         seed=config.seed,
     )
 
@@ -175,14 +178,9 @@ def _batches(tasks: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
-def _log_metrics(client: Any, run_id: str, results: list[Score]) -> None:
-    """Metrics of every condition, their steps being the lengths."""
-    now = int(time.time() * 1000)
-    metrics = [
-        Metric(f"{needle_report.plain_name(score.condition, score.rank)}/{name}", float(value), now, score.length)
-        for score in results
-        for name in _METRICS
-        if (value := getattr(score, name)) is not None
-    ]
-    for start in range(0, len(metrics), 1000):  # MLflow takes no more at a time
-        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+def _metrics(results: list[Score]) -> Iterator[tuple[str, float, int]]:
+    """Of every condition, their steps being the lengths."""
+    for score in results:
+        for name in _METRICS:
+            if (value := getattr(score, name)) is not None:
+                yield f"{needle_report.plain_name(score.condition, score.rank)}/{name}", float(value), score.length

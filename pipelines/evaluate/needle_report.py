@@ -54,8 +54,8 @@ def join(config: JoinConfig) -> dict[str, Any]:
     Raises:
         UserError: a folder has no answers, or two have answers about the same documents.
     """
-    if not config.folders:
-        raise UserError("give at least one folder that `d2l evaluate needle --output` wrote")
+    if not config.folders or len({folder.resolve() for folder in config.folders}) < len(config.folders):
+        raise UserError("give at least one folder that `d2l evaluate needle --output` wrote, each once")
     trials: list[Trial] = []
     makers: dict[tuple[str, str], Path] = {}
     owners: dict[tuple[Any, ...], Path] = {}

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from d2l.tasks.needle import exact_match, found
 from pipelines.evaluate.answers import Answers
-from pipelines.evaluate.intervals import median, wilson
+from pipelines.evaluate.intervals import median, share, wilson
 from pipelines.evaluate.needle_trial import Trial
 
 
@@ -37,7 +39,7 @@ class Score:
     exact_match: float
     """right / n."""
     low: float
-    """Lower end of the share's 95% interval (Wilson)."""
+    """Lower end of the share's 95% interval (Wilson; of several needles, a bootstrap over documents)."""
     high: float
     """Its upper end."""
     found: float
@@ -84,9 +86,9 @@ def _cell(trials: Sequence[Trial], by_depth: bool) -> list[Score]:
     result = []
     for (condition, rank), pairs in grouped.items():
         first, n, right = pairs[0][0], _questions(pairs), _count(pairs, exact_match)
-        low, high = wilson(right, n)
+        low, high = _interval(pairs, exact_match)
         inside = _count(pairs, found)
-        found_low, found_high = wilson(inside, n)
+        found_low, found_high = _interval(pairs, found)
         result.append(
             Score(
                 length=first.length,
@@ -124,6 +126,14 @@ def _count(pairs: Sequence[tuple[Trial, Answers]], right: Callable[[str, str], b
         for trial, asked in pairs
         for answer, expected in zip(asked.answers, trial.expected, strict=True)
     )
+
+
+def _interval(pairs: Sequence[tuple[Trial, Answers]], right: Callable[[str, str], bool]) -> tuple[float, float]:
+    """Of the share of right answers; over documents, whose needles are found or lost together."""
+    if all(len(trial.expected) == 1 for trial, _ in pairs):
+        return wilson(_count(pairs, right), len(pairs))
+    counts = [(_count([pair], right), _questions([pair])) for pair in pairs]
+    return share(*np.array(counts).T)
 
 
 def _whole(value: float | None) -> int | None:

@@ -30,7 +30,7 @@ from d2l.base_model import BUNDLED_MODELS
 from d2l.config import from_dict, to_dict
 from d2l.errors import UserError
 from d2l.hypernetwork import HypernetworkConfig, read_config
-from pipelines import cluster, tracking
+from pipelines import cluster
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import AnswerLog, running
 from pipelines.evaluate.config import EvaluateConfig
@@ -85,7 +85,8 @@ class EvaluateQaConfig(ExaminerConfig):
     """Questions about real documents."""
 
     data: str
-    """Parquet file, local or remote, with the columns `context`, `question`, `answers` (a list)."""
+    """Parquet file, local or remote, with the columns `context`, `question`, `answers` (a list); or a training set that
+    `d2l prepare` made."""
     split: str | None = "dev"
     """Only rows with this value in the column `split`; None for all."""
     samples: int = 500
@@ -134,10 +135,14 @@ def evaluate_facts(config: EvaluateFactsConfig) -> dict[str, Any]:
     """As `evaluate_qa`, of generated facts."""
     if len(config.facts) != len(config.documents) or min(config.documents, default=0) < 2:
         raise UserError("--documents needs a number of at least 2 for each of --facts")
+    if len(set(config.facts)) < len(config.facts):
+        raise UserError("--facts needs each number once")
     if not config.words or len(set(config.words)) < len(config.words) or min(config.words) < 0:
         raise UserError("--words needs numbers of at least 0, each once")
     if any(config.words) and not config.prose:
         raise UserError("--words above 0 needs --prose FILE, the texts to put the facts into")
+    if config.prose and not any(config.words):
+        raise UserError("--prose is for --words above 0; give both, or neither")
     prose = load_prose(config.prose, held_out=True) if config.prose else []
     exams = qa_data.from_facts(config.facts, config.documents, config.seed, config.words, prose, config.unseen)
     return _evaluate("facts", config, exams)
@@ -158,11 +163,11 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
         found, differences = scores(trials, config.rows)
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
         result = qa_report.write(folder, found, differences, about | {"devices": sorted({t.device for t in trials})})
-        with tracking.forgiven("the scores"):
-            for score in found:
-                for measure in ("f1", "exact_match", "recall", "rouge_l"):
-                    key = f"{score.group.replace(' ', '_')}/{score.name}/{measure}"
-                    evaluation.client.log_metric(evaluation.run_id, key, getattr(score, measure))
+        evaluation.score(
+            (f"{score.group.replace(' ', '_')}/{score.name}/{measure}", getattr(score, measure), 0)
+            for score in found
+            for measure in ("f1", "exact_match", "recall", "rouge_l")
+        )
         evaluation.keep(qa_report.files(folder))
     return result
 
@@ -186,7 +191,9 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
     others = tuple(_one_for_all(folder) for folder in (config.static, config.tuned_reader) if folder)
     base = BUNDLED_MODELS.get(base, base)
     made_by = values["fingerprint"]
-    return Setting(made_by, base, data, config.rows, others, config.rank, config.distillation, config.seed)
+    return Setting(
+        made_by, base, data, config.rows, others, config.rank, config.distillation, config.timed, config.seed
+    )
 
 
 def _one_for_all(folder: str) -> str:

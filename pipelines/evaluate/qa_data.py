@@ -1,4 +1,4 @@
-"""Documents with questions to be asked: rows of a Parquet file, or generated facts."""
+"""Documents with questions to be asked: rows of a Parquet file, a training set's, or generated facts."""
 
 import hashlib
 import json
@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from d2l.errors import UserError
+from d2l.storage import Storage
 from d2l.tasks.facts import FactsConfig, make_facts
 from d2l.tasks.sample import Sample
+from pipelines.prepare.rows import SPLITS
+from pipelines.prose import arrow_reported
 
 _COLUMNS = ("context", "question", "answers")
 
@@ -40,7 +42,7 @@ def from_parquet(
     """Documents of a file with the columns `context`, `question`, `answers` (a list), and `split` if one is asked for.
 
     Args:
-        path: local or remote (fsspec).
+        path: local or remote (fsspec); or the folder of a training set, as `d2l prepare` makes it.
         split: only rows of this one.
         questions: how many in all, at most; those without a right answer are left out.
         per_document: how many of a document, at most.
@@ -49,26 +51,15 @@ def from_parquet(
             without one are left out.
 
     Raises:
-        UserError: no such file, columns or split, or too few documents.
+        UserError: no such file, columns or split, it is damaged, or too few documents.
     """
-    filesystem, inner = url_to_fs(path)
-    if not filesystem.exists(inner):
-        raise UserError(f"{path}: no such file")
-    names = pq.read_schema(inner, filesystem=filesystem).names
-    wanted = list(dict.fromkeys([*_COLUMNS, *(["split"] if split else []), join]))
-    if missing := [name for name in wanted if name not in names]:
-        raise UserError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(names)}, and {', '.join(wanted)} are needed"
-        )
-    table = pq.read_table(inner, columns=wanted, filesystem=filesystem)
-    if split:
-        splits = pc.unique(table["split"]).to_pylist()
-        if split not in splits:
-            raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, splits))}")
-        table = table.filter(pc.equal(table["split"], split))
+    storage = Storage(path)
+    with arrow_reported(path):
+        is_set = storage.filesystem.isdir(storage.path())
+        rows = (_of_set if is_set else _of_file)(storage, split, join)
     contexts: dict[str, dict[str, None]] = defaultdict(dict)  # of each document, each once
     documents: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
-    for row in table.to_pylist():
+    for row in rows:
         answers = _right_answers(row["answers"], path)
         if row["context"] and row["question"] and row[join] and answers:
             contexts[row[join]][row["context"]] = None
@@ -87,6 +78,44 @@ def from_parquet(
             f"{path}: {len(exams)} documents with answered questions; at least 2 are needed, for each other"
         )
     return exams
+
+
+def _of_file(storage: Storage, split: str | None, join: str) -> list[dict[str, Any]]:
+    path, where = storage.root, {"filesystem": storage.arrow_filesystem}
+    if not storage.exists(""):
+        raise UserError(f"{path}: no such file")
+    names = pq.read_schema(storage.path(), **where).names
+    wanted = list(dict.fromkeys([*_COLUMNS, *(["split"] if split else []), join]))
+    if missing := [name for name in wanted if name not in names]:
+        raise UserError(
+            f"{path}: no column {missing[0]!r}; it has {', '.join(names)}, and {', '.join(wanted)} are needed"
+        )
+    table = pq.read_table(storage.path(), columns=wanted, **where)
+    if split:
+        splits = pc.unique(table["split"]).to_pylist()
+        if split not in splits:
+            raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, splits))}")
+        table = table.filter(pc.equal(table["split"], split))
+    return table.to_pylist()
+
+
+def _of_set(storage: Storage, split: str | None, join: str) -> list[dict[str, Any]]:
+    """A training set's questions as rows of a file."""
+    if join != "context":
+        raise UserError(f"{storage.root}: --join {join} is for a file; a training set's documents are whole")
+    files = [f"{folder}/{name}" for folder in ([split] if split else SPLITS) for name in storage.names(folder)]
+    if not (files := sorted(file for file in files if file.endswith(".parquet"))):
+        raise UserError(
+            f"{storage.root}: no {split or 'training set'} in it; give a Parquet file, or what d2l prepare made"
+        )
+    columns = ["document", "questions", "answers"]
+    where = {"filesystem": storage.arrow_filesystem}
+    return [
+        {"context": row["document"], "question": question, "answers": answer}
+        for file in files
+        for row in pq.read_table(storage.path(file), columns=columns, **where).to_pylist()
+        for question, answer in zip(row["questions"], row["answers"], strict=True)
+    ]
 
 
 def from_facts(
@@ -138,7 +167,7 @@ def _within(document: str, words: int, prose: Sequence[str], rng: random.Random)
 
 def digest(exams: list[Exam]) -> str:
     """Tells one set of documents from another."""
-    parts = [[e.sample.document, e.sample.questions, e.expected] for e in exams]
+    parts = [[e.group, e.number, e.sample.document, e.sample.questions, e.expected] for e in exams]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -38,7 +38,7 @@ class Examiner:
             config.hypernetwork, config.base, config=InternalizeConfig(max_rank=config.rank)
         )
         self.model, self.asker = model, Asker(model, _SAMPLING)
-        self.distiller = Distiller(model, config.distillation, _SAMPLING)
+        self.distiller = Distiller(model, config.distillation, _SAMPLING, config.workers)
         baselines = {"static": config.static, "tuned_reader": config.tuned_reader}
         self.baselines = {row: self._adapter(folder) for row, folder in baselines.items() if folder}
 
@@ -68,7 +68,8 @@ class Examiner:
         if row in ("in_context", "tuned_reader"):
             return [self.asker.ask_in_context(sample, self.baselines.get(row)) for sample in samples]
         if row == "static":
-            return self.asker.ask("static", samples, [self.baselines[row]] * len(samples), timed)
+            asked = self.asker.ask("static", samples, [self.baselines[row]] * len(samples), timed)
+            return [dataclasses.replace(a, extra_bytes=0) for a in asked]  # nothing is kept of any document
         if row == "no_document":
             return self.asker.ask("no_document", samples, [None] * len(samples), timed)
         if row.startswith("context_distillation"):

@@ -179,10 +179,12 @@ def _inspect(files: list[SourceFile], config: PrepareConfig) -> list[Inspected]:
     def inspect_row(row: dict[str, Any]) -> dict[str, Any]:
         return {"number": row["number"], **asdict(inspect(_file(row), config.sources, need_answers))}
 
-    rows = sorted(
-        _dataset([asdict(file) for file in files]).map(inspect_row).take_all(), key=lambda row: row.pop("number")
-    )
-    return [Inspected(**row) for row in rows]
+    rows = []
+    with Progress("inspecting sources", len(files)) as progress:
+        for row in _dataset([asdict(file) for file in files]).map(inspect_row).iter_rows():
+            rows.append(row)
+            progress.advance(1, "")
+    return [Inspected(**row) for row in sorted(rows, key=lambda row: row.pop("number"))]
 
 
 def _dataset(items: list[dict[str, Any]]) -> Dataset:
@@ -212,9 +214,7 @@ def _claim(output: Storage, settings: dict[str, Any]) -> None:
 
 def _numbers(output: Storage, folder: str) -> set[int]:
     """The parts that have a file in a folder."""
-    with reported(output.url(folder)):
-        names = output.filesystem.find(output.path(folder)) if output.exists(folder) else []
-    stems = [name.rsplit("/", 1)[-1].split(".")[0] for name in names]
+    stems = [name.split(".")[0] for name in output.names(folder)]
     return {int(stem) for stem in stems if stem.isdigit()}  # what a killed writer left behind begins with a dot
 
 

@@ -259,6 +259,8 @@ def _of_record(record: Row, config: SourceConfig, split: str, where: str) -> Row
         return _row(_checked_id(doc_id, where), text, split, True, [], [])
     if shape[1] == "question":
         question, answers = record["question"], record.get("answers") or ""
+        if isinstance(answers, dict):  # as SQuAD on the hub has them
+            answers = answers.get("text") or ""
         answer = next((a for a in answers if a), "") if isinstance(answers, list) else answers
         return _row("", text, split, False, [_text(question, where)], [_text(answer, where)])
     for name in ("questions", "answers"):

@@ -16,6 +16,7 @@ from typing import Any
 import ray.train
 import torch
 import tyro
+from mlflow.tracking import MlflowClient
 from ray.train.torch import TorchTrainer
 
 from d2l.base_model import BUNDLED_MODELS, load_base_model
@@ -259,7 +260,7 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     record = tracking.open_run(opened, name, replace(config, recipe=recipe), tags)
     if record.run_id != run_id:
         with tracking.forgiven("the recipe"):
-            tracking.log_json(record, plain, "recipe.json")
+            MlflowClient(record.uri).log_dict(record.run_id, plain, "recipe.json")
         run = {"mlflow_run": record.run_id, "recipe": plain, "data": digests}
         storage.replace(_RUN_FILE, json.dumps(run, indent=2).encode())
     return record

@@ -6,6 +6,7 @@ their reader has gone.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from serve.engine.decoding import DecodingBatch, Row, sample
 from serve.engine.logprobs import token_logprob
 from serve.errors import ApiError
 
+logger = logging.getLogger("ray.serve")
 _SAMPLED = 1e-5
 """Lower temperatures are greedy decoding: scores divided by them would overflow."""
 
@@ -31,8 +33,9 @@ class BatcherConfig:
     max_batch_size: int = 32
     """Requests decoded together at most."""
     max_batch_tokens: int = 131_072
-    """Tokens of their prompts and answers at most; a longer request runs alone. Keys and values take the room of up to
-    four times as many: lengths and numbers of rows are rounded up to powers of two."""
+    """Tokens of their prompts and answers at most; a longer request runs alone. Keys and values take the room of some
+    two to four times as many, at worst eight: lengths and numbers of rows are rounded up to powers of two, and rows
+    that left are given up when three of four are free."""
     prefill_tokens: int = 512
     """Tokens of prompts in one step at most: how long one prompt makes all others wait."""
 
@@ -97,11 +100,13 @@ class Batcher:
 
     def _work(self) -> None:
         while True:
-            self._drop()
-            self._admit()
             try:
+                self._drop()
+                self._admit()
                 self._step()
             except Exception as error:  # one batch's misfortune (out of memory) must not end those that come after it
+                logger.exception("a batch failed")
+                error.__traceback__ = None  # its frames hold the batch, and readers hold the error
                 for answer in self._rows.values():
                     answer.fail(error)
                 self._rows.clear()

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from d2l.base_model import BaseModel
+from d2l.errors import UserError
 
 _SMALLEST_SLAB = 256
 """Tokens of the smallest rows."""
@@ -44,17 +45,26 @@ class _Slab:
 
     def add(self) -> "Place":
         if len(self.places) == self.data.shape[2]:
-            rows, length = len(self.places), max(place.length for place in self.places)
-            grown = self._zeros(2 * rows)
-            grown[:, :, :rows, :, :length] = self.data[..., :length, :]
-            self.data = grown
+            self._resize(2 * len(self.places))
         self.places.append(Place(self, len(self.places)))
         return self.places[-1]
 
     def remove(self, place: "Place") -> None:
-        self._swap(place, self.places[-1])
-        self.places.pop()
-        self.data[:, :, place.index, :, : place.length] = 0
+        last = self.places.pop()
+        if last is not place:
+            length = max(place.length, last.length)
+            self.data[:, :, place.index, :, :length] = self.data[:, :, last.index, :, :length]
+            self.places[place.index] = last
+        self.data[:, :, len(self.places), :, : last.length] = 0
+        last.index = place.index
+        if 0 < len(self.places) <= self.data.shape[2] // 4:
+            self._resize(self.data.shape[2] // 2)
+
+    def _resize(self, rows: int) -> None:
+        count, length = len(self.places), max(place.length for place in self.places)
+        data = self._zeros(rows)
+        data[:, :, :count, :, :length] = self.data[:, :, :count, :, :length]
+        self.data = data
 
     def put_first(self, places: list["Place"]) -> None:
         """Make these the first places."""
@@ -68,7 +78,8 @@ class _Slab:
         if one is other:
             return
         i, j, length = one.index, other.index, max(one.length, other.length)
-        self.data[:, :, [i, j], :, :length] = self.data[:, :, [j, i], :, :length]
+        for layer in self.data:  # one by one: both rows are copied on the way
+            layer[:, [i, j], :, :length] = layer[:, [j, i], :, :length]
         self.places[i], self.places[j] = other, one
         one.index, other.index = j, i
 
@@ -87,6 +98,19 @@ class KVCache:
     """Keys and values of all rows."""
 
     def __init__(self, base: BaseModel):
+        """Begin without any.
+
+        Raises:
+            UserError: the base model's attention is of a kind that would be computed wrongly.
+        """
+        config = base.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if getattr(config, "attn_logit_softcapping", None):
+            kinds.add("softcapping")
+        if kinds:
+            raise UserError(
+                f"base model {base.name}: attention with {', '.join(sorted(kinds))} is not for this engine; give --vllm"
+            )
         self._base = base
         self._slabs: dict[int, _Slab] = {}
 
@@ -223,8 +247,11 @@ def _attention(
     scaling: float,
     step: Step,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **__: object,
 ) -> tuple[Tensor, None]:
+    if s_aux is not None:
+        raise UserError("attention with sinks is not for this engine; give --vllm")
     return step.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 

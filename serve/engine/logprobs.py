@@ -6,7 +6,7 @@ They are the model's own: before temperature and top_p, so that they mean the sa
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ def spelled(
     return TokenLogprob(*_spell(tokenizer, token), logprob, shown)
 
 
+@lru_cache(maxsize=1 << 17)
 def _spell(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, bytes]:
     """Text and bytes of a token in the middle of a text: decoders drop a first token's space."""
     once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))

@@ -8,9 +8,9 @@ a batch, vLLM decides. Prompts go to it as tokens and tokens come back, so texts
 
 import asyncio
 import ctypes
-import itertools
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -74,9 +74,9 @@ class VllmBatcher:
         self._base = base
         self._most = config.max_batch_size
         self._open = 0
-        self._numbers = itertools.count(1)
         self._loads: dict[int, asyncio.Task[str]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="d2l-vllm-"))
+        key = secrets.token_hex(16)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -87,7 +87,8 @@ class VllmBatcher:
         arguments += ["--enable-lora", "--max-lora-rank", str(self.max_rank), "--max-loras", str(adapters)]
         arguments += options[1:]
         try:
-            environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+            # With a key, so that nobody else asks it, nor this engine another one's that took the port first.
+            environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_API_KEY": key}
             # To stderr: what it prints is a log. A replica that is killed takes its server with it.
             self._server = subprocess.Popen(arguments, stdout=2, env=environment, preexec_fn=_end_with_parent)
         except OSError as error:
@@ -95,7 +96,7 @@ class VllmBatcher:
         weakref.finalize(self, _end, self._server, self._folder)
         self._url = f"http://127.0.0.1:{port}"
         self._await_server(command)
-        self._client = AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=None)
+        self._client = AsyncOpenAI(base_url=f"{self._url}/v1", api_key=key, max_retries=0, timeout=None)
 
     @property
     def alive(self) -> bool:
@@ -187,7 +188,7 @@ class VllmBatcher:
     async def _load(self, adapter: Adapter) -> str:
         if adapter.rank > self.max_rank:
             raise adapter_error(UserError(f"its rank is {adapter.rank}; the engine vllm takes {self.max_rank} at most"))
-        name = str(next(self._numbers))
+        name = secrets.token_hex(8)
         folder = self._folder / name
         try:
             await asyncio.to_thread(adapter.save, folder)

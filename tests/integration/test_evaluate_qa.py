@@ -75,6 +75,23 @@ def test_an_evaluation_of_facts_asks_under_every_condition_and_goes_on(config):
         evaluate_facts(dataclasses.replace(config, unseen=True))
     with pytest.raises(UserError, match="--words above 0 needs --prose"):
         evaluate_facts(dataclasses.replace(config, words=(0, 100)))
+    with pytest.raises(UserError, match="--prose is for --words above 0"):
+        evaluate_facts(dataclasses.replace(config, prose="books.parquet"))
+    with pytest.raises(UserError, match="--facts needs each number once"):
+        evaluate_facts(dataclasses.replace(config, facts=(3, 3)))
+    with pytest.raises(UserError, match="another setting"):
+        evaluate_facts(dataclasses.replace(config, timed=2))
+
+
+def test_scores_of_long_documents_are_on_record(config, tmp_path):
+    prose = tmp_path / "prose.txt"
+    prose.write_text("\n\n".join(f"Text {i} about harbours and the sea. " * 40 for i in range(30)))
+    asked = dataclasses.replace(
+        config, rows=("no_document",), facts=(1,), documents=(2,), words=(1000,), prose=str(prose), timed=0, output=None
+    )
+    result = evaluate_facts(asked)
+    metrics = MlflowClient(config.tracking.uri).get_run(result["mlflow_runs"][0]).data.metrics
+    assert metrics["1_fact_in_1000_words/no_document/f1"] == result["rows"][0]["f1"]
 
 
 def test_an_evaluation_of_questions_takes_a_parquet_file(config, tmp_path):
@@ -117,3 +134,5 @@ def test_interference_is_measured_on_passages_of_ordinary_text(config, tmp_path)
     assert result["perplexity_adapter"] != pytest.approx(result["perplexity"], rel=1e-3)
     assert result["low"] <= result["increase"] <= result["high"]
     assert (tmp_path / "report/results.json").exists()
+    with pytest.raises(UserError, match=r"prose\.txt: has 0 passages of 4000 tokens"):
+        evaluate_interference(dataclasses.replace(asked, tokens=4000))

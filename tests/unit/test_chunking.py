@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l.chat import Affixes
-from d2l.chunking import ChunkingConfig, batch_chunks, check_text, decode_text, document_ids, read_text, split_evenly
+from d2l.chunking import ChunkingConfig, batch_chunks, check_text, decode_text, document_ids, split_evenly
 from d2l.errors import UserError
+from d2l.extract import read_text
 from tests.conftest import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -126,7 +127,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path, data: bytes, reason:
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt: no such file"):
         read_text(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="storage failed"):
         read_text(str(tmp_path))
 
 

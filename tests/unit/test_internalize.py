@@ -206,3 +206,20 @@ def test_an_untrained_hypernetwork_changes_nothing_however_long_the_document(tin
     (adapter,) = Internalizer(tiny_llama, hypernetwork, InternalizeConfig(max_rank=8))(documents(300))
     assert all(t.isfinite().all() for pair in adapter.factors.values() for t in pair)
     assert not any(update.any() for update in delta(adapter.factors).values())
+
+
+def test_an_adapter_that_is_not_finite_costs_its_document_alone(tiny_llama: BaseModel) -> None:
+    hypernetwork = tiny_hypernetwork(tiny_llama)
+    torch.nn.init.constant_(next(p for p in hypernetwork.generator.parameters() if p.ndim > 1), torch.nan)
+    results = dict(Internalizer(tiny_llama, hypernetwork, InternalizeConfig(max_rank=8)).stream(documents(90, 4)))
+    for index, result in results.items():
+        assert isinstance(result, UserError)
+        assert f"document {index}: hypernetwork" in str(result)
+    assert len(results) == 2
+
+
+def test_documents_do_not_change_how_prompts_become_tokens(tiny_llama: BaseModel) -> None:
+    base = tiny_llama
+    Internalizer(base, tiny_hypernetwork(base))(documents(5))
+    assert not base.tokenizer.split_special_tokens
+    assert base.tokenizer.eos_token_id in base.prompt_ids([{"role": "user", "content": "What?"}])

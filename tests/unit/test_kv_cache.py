@@ -7,6 +7,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from d2l.base_model import BaseModel, load_base_model
+from d2l.errors import UserError
 from serve.engine.kv_cache import KVCache, attending
 from tests.conftest import save_tiny
 
@@ -89,3 +90,32 @@ def test_batches_of_two_threads_leave_the_model_as_it_was(tiny_llama: BaseModel)
         thread.join()
     assert inside[1].is_set()
     assert tiny_llama.model.config._attn_implementation == before
+
+
+def test_room_is_given_up_when_most_rows_have_left(tiny_llama: BaseModel) -> None:
+    cache = KVCache(tiny_llama)
+    places = [cache.add(100) for _ in range(16)]
+    texts = {place: random_tokens(5, seed) for seed, place in enumerate(places)}
+    run(tiny_llama, cache, texts)
+    (slab,) = {place.slab for place in places}
+    whole = slab.data.nbytes
+    for place in places[:14]:
+        cache.remove(place)
+    assert slab.data.nbytes <= whole // 4
+    for place, logits_V in run(tiny_llama, cache, {place: [7] for place in places[14:]}).items():
+        torch.testing.assert_close(logits_V, expected(tiny_llama, [*texts[place], 7]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("attn_logit_softcapping", 50.0, "softcapping"),
+        ("layer_types", ["full_attention", "linear_attention"] * 2, "linear_attention"),
+    ],
+)
+def test_attention_that_would_be_computed_wrongly_is_refused(
+    tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch, field: str, value: object, said: str
+) -> None:
+    monkeypatch.setattr(tiny_llama.model.config, field, value, raising=False)
+    with pytest.raises(UserError, match=f"attention with {said} is not for this engine; give --vllm"):
+        KVCache(tiny_llama)

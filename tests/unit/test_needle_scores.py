@@ -99,7 +99,7 @@ def test_the_log_gives_back_what_it_got_and_survives_a_kill(tmp_path) -> None:
 def evaluation(folder, trials, hypernetwork: str = "abcd"):
     folder.mkdir()
     AnswerLog(folder, Trial).append([line(t) for t in trials])
-    setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 0)
+    setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 200, 3, 0)
     Evaluation(setting, folder.name).save(folder)
     return folder
 
@@ -199,3 +199,20 @@ def test_a_prefill_in_pieces_is_a_prefill(tiny_llama: BaseModel, monkeypatch: py
     for one, other in zip(whole.cache.layers, pieces.cache.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, atol=1e-5, rtol=1e-4)
     assert dataclasses.replace(whole, cache=pieces.cache) == pieces
+
+
+def test_several_needles_of_a_document_are_not_independent() -> None:
+    answers = (("1", "2", "3", "4"), ("0", "0", "0", "0")) * 10
+    many = [
+        trial(
+            seed=seed,
+            needles=4,
+            questions=("What?",) * 4,
+            expected=("1", "2", "3", "4"),
+            asked=(Answers("adapter", said, 128),),
+        )
+        for seed, said in enumerate(answers)
+    ]
+    (score,) = scores(many)
+    assert (score.right, score.n) == (40, 80)
+    assert score.high - score.low > 1.5 * (wilson(40, 80)[1] - wilson(40, 80)[0])

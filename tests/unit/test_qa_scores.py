@@ -13,6 +13,7 @@ from matplotlib import image
 from d2l.errors import UserError
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import Answers
+from pipelines.evaluate.interference import _pairs
 from pipelines.evaluate.intervals import share
 from pipelines.evaluate.qa_scores import scores
 from pipelines.evaluate.qa_trial import Trial
@@ -93,6 +94,29 @@ def test_contexts_with_one_value_in_a_column_are_one_document(tmp_path) -> None:
         qa_data.from_parquet(str(tmp_path / "a.parquet"), None, 100, 6, 0, join="chapter")
 
 
+def test_what_prepare_holds_out_can_be_asked(tmp_path: Path) -> None:
+    rows = [
+        {"doc_id": f"d{n}", "document": f"Text {n}.", "questions": ["a?", "b?"], "answers": ["x", "y"]}
+        for n in range(4)
+    ]
+    for part, some in enumerate((rows[:2], rows[2:])):
+        (tmp_path / "set/dev").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(some), tmp_path / f"set/dev/part-{part:05d}.parquet")
+    exams = qa_data.from_parquet(str(tmp_path / "set"), "dev", 100, 1, 0)
+    assert {exam.sample.document for exam in exams} == {row["document"] for row in rows}
+    assert all(len(exam.sample.questions) == 1 for exam in exams)
+    with pytest.raises(UserError, match="no train in it"):
+        qa_data.from_parquet(str(tmp_path / "set"), "train", 100, 1, 0)
+    with pytest.raises(UserError, match="--join title is for a file"):
+        qa_data.from_parquet(str(tmp_path / "set"), "dev", 100, 1, 0, join="title")
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read as Parquet"):
+        qa_data.from_parquet(str(tmp_path / "a.parquet"), "dev", 100, 1, 0)
+
+
 def test_facts_within_prose_are_the_facts_alone_and_so_many_words() -> None:
     prose = ["The sea was calm. Nobody spoke of it! Was it late? " * 30, "Gulls cried over the pier. " * 200]
     exams = qa_data.from_facts((1, 8), (3, 2), 5, (0, 200), prose)
@@ -169,3 +193,13 @@ def test_shares_of_nothing_or_all_have_intervals_too(right: int, low: float, hig
     """As of ten documents, however many their questions."""
     sizes = np.full(10, 4)
     assert share(right * sizes, sizes) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_passages_are_read_with_another_documents_adapter() -> None:
+    texts = ["a", "b", "c"]
+    pairs = list(_pairs(texts, texts, 7))
+    assert len(pairs) == 7
+    assert all(pair["document"] != pair["text"] for pair in pairs)
+    assert [pair["number"] for pair in pairs] == [0, 0, 0, 1, 1, 1, 2]
+    with pytest.raises(UserError, match="the same text as --prose and no other"):
+        list(_pairs(["a"], ["a"], 2))
