@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
@@ -22,6 +21,9 @@ from d2l.generation import SamplingConfig
 from d2l.injection import Segments, inject
 from serve.engine.adapter_slots import AdapterSlots, Slot
 from serve.engine.kv_cache import KVCache, Place, attending
+
+_LIKELY = 256
+"""Tokens that top_p is looked for among first."""
 
 
 @dataclass(eq=False)
@@ -108,8 +110,13 @@ class DecodingBatch:
 
 
 def sample(logits_V: Tensor, sampling: SamplingConfig, generator: torch.Generator | None) -> int:
-    """The next token of one row, at a temperature above 0."""
-    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits_V.unsqueeze(0))
-    if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+    """The next token of one row, at a temperature above 0: what transformers' warpers leave is drawn from."""
+    probs_V = (logits_V / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        return int(torch.multinomial(probs_V, 1, generator=generator))
+    # The few tokens that make up top_p, mostly without sorting the vocabulary: that would cost as much as a step.
+    probs_N, ids_N = probs_V.topk(min(_LIKELY, len(probs_V)))
+    if probs_N.sum() < sampling.top_p:
+        probs_N, ids_N = probs_V.sort(descending=True)
+    kept_N = probs_N.cumsum(-1) - probs_N < sampling.top_p
+    return int(ids_N[torch.multinomial(probs_N * kept_N, 1, generator=generator)])

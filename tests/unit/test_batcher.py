@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from d2l import generation
 from d2l.adapter import Adapter, Provenance, compose
@@ -16,7 +17,7 @@ from d2l.factors import LowRank
 from d2l.generation import SamplingConfig
 from serve.engine.answer import Job, Piece
 from serve.engine.batcher import Batcher, BatcherConfig
-from serve.engine.decoding import DecodingBatch
+from serve.engine.decoding import DecodingBatch, sample
 from serve.errors import ApiError
 from tests.conftest import random_adapter, random_factors
 
@@ -239,3 +240,16 @@ def test_a_damaged_adapter_fails_alone(tiny_llama: BaseModel):
         assert list(map(text, again)) == list(map(text, others))
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("tokens", "sharpness"), [(12, 2.0), (1000, 8.0), (1000, 0.5)])  # few, a peak, nearly even
+def test_sampling_draws_from_what_transformers_leaves(tokens: int, sharpness: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits_V = sharpness * torch.randn(tokens, generator=random)
+    sampling = SamplingConfig(1, temperature=0.8, top_p=0.7)
+    scores = TopPLogitsWarper(0.7)(None, TemperatureLogitsWarper(0.8)(None, logits_V.unsqueeze(0)))
+    expected_V = scores.softmax(-1)[0]
+    drawn = torch.tensor([sample(logits_V, sampling, random) for _ in range(3000)])
+    found_V = drawn.bincount(minlength=tokens) / len(drawn)
+    assert (expected_V[drawn] > 0).all()
+    torch.testing.assert_close(found_V, expected_V, atol=0.04, rtol=0)
