@@ -16,11 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray.data
 
-from d2l.adapter import check_rank
-from d2l.base_model import BUNDLED_MODELS
-from d2l.config import from_dict
 from d2l.errors import UserError
-from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.tasks.needle import NeedleConfig
 from pipelines import cluster
 from pipelines.evaluate import needle_report
@@ -109,19 +105,14 @@ def _check(config: EvaluateNeedleConfig) -> Setting:
         )
     if min(config.in_context, config.timed) < 0 or config.workers < 1:
         raise UserError("--in-context and --timed must be at least 0, --workers at least 1")
-    values = read_config(config.hypernetwork)
-    made = from_dict(HypernetworkConfig, values["hypernetwork"], f"{config.hypernetwork}/config.json: hypernetwork")
     if not any(config.ranks) or len(set(config.ranks)) < len(config.ranks):
         raise UserError("--ranks needs at least one rank above 0, each once")
-    for rank in config.ranks:
-        if rank:
-            check_rank(rank, made.bias_rank)
     NeedleConfig(needles=config.needles, distractors=config.distractors)
     prose = "\0".join(haystack_texts(config))
-    base = config.base or values["base_model"]
+    hypernetwork, base = config.subject(filter(None, config.ranks))
     return Setting(
-        hypernetwork=values["fingerprint"],
-        base=BUNDLED_MODELS.get(base, base),
+        hypernetwork=hypernetwork,
+        base=base,
         needles=config.needles,
         distractors=config.distractors,
         haystack=config.haystack,

@@ -25,11 +25,9 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from d2l.adapter import check_rank
-from d2l.base_model import BUNDLED_MODELS
-from d2l.config import from_dict, to_dict
+from d2l.config import to_dict
 from d2l.errors import UserError
-from d2l.hypernetwork import HypernetworkConfig, read_config
+from d2l.hypernetwork import read_config
 from pipelines import cluster
 from pipelines.evaluate import qa_data, qa_report
 from pipelines.evaluate.answers import AnswerLog, running
@@ -183,16 +181,11 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
         raise UserError("--rows needs at least one row, each once")
     if config.workers < 1 or config.timed < 0:
         raise UserError("--workers must be at least 1, --timed at least 0")
-    values = read_config(config.hypernetwork)
-    made = from_dict(HypernetworkConfig, values["hypernetwork"], f"{config.hypernetwork}/config.json: hypernetwork")
-    for rank in (config.rank, *(int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row)):
-        check_rank(rank, made.bias_rank)
-    base = config.base or values["base_model"]
+    ranks = (int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row)
+    hypernetwork, base = config.subject([config.rank, *ranks])
     others = tuple(_one_for_all(folder) for folder in (config.static, config.tuned_reader) if folder)
-    base = BUNDLED_MODELS.get(base, base)
-    made_by = values["fingerprint"]
     return Setting(
-        made_by, base, data, config.rows, others, config.rank, config.distillation, config.timed, config.seed
+        hypernetwork, base, data, config.rows, others, config.rank, config.distillation, config.timed, config.seed
     )
 
 

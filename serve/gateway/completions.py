@@ -77,8 +77,12 @@ class _Answers:
         if request.stream:
             return await self._stream(each, key, response, request.stream_options.include_usage)
         calls = [self._backend.engine.complete.remote(asked) for asked in each]
-        async with self._backend.deadline(*calls):
-            answers = await asyncio.gather(*calls)
+        try:
+            async with self._backend.deadline(*calls):
+                answers = await asyncio.gather(*calls)
+        except asyncio.CancelledError:  # the client has gone, and with it what it has used: else that would be a way
+            self._backend.charge(key, request.n * request.length)
+            raise
         self._backend.charge(key, usage(answers)["total_tokens"])
         return JSONResponse(response.whole(answers))
 

@@ -44,7 +44,7 @@ class Server:
 
     def call(self, method: str, path: str, who: str | None = "acme", **options: Any) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.keys.get(who, who)}"} if who else {}
-        return requests.request(method, f"{self.url}{path}", headers=headers, timeout=120, **options)
+        return requests.request(method, f"{self.url}{path}", headers=headers, **({"timeout": 120} | options))
 
     def upload(self, doc_id: str, text: str, who: str = "acme") -> dict[str, Any]:
         response = self.call("POST", "/documents", who, json={"id": doc_id, "text": text})
@@ -84,6 +84,7 @@ def server(ray_cluster: None, tiny_llama: BaseModel, tmp_path_factory: pytest.Te
         "small": Limits(documents=1),
         "slow": Limits(requests_per_minute=3),
         "brief": Limits(tokens_per_minute=40),
+        "hasty": Limits(tokens_per_minute=3000),
     }
     keys = {
         name: add_key(AddKeyConfig(file=str(keys_file), tenant=name, limits=limit))["key"]
@@ -319,6 +320,11 @@ def test_limits_of_a_key(server: Server) -> None:
     assert server.ask("tiny", "brief").ok
     wait_until(lambda: server.ask("tiny", "brief").status_code == 429)  # tokens are counted when the answer is over
     assert server.ask("tiny", "brief").json()["error"]["code"] == "rate_limit_exceeded"
+    messages = [{"role": "user", "content": QUESTION}]
+    many = {"model": "tiny", "messages": messages, "max_tokens": 450, "n": 8, "temperature": 1}
+    with pytest.raises(requests.Timeout):
+        server.call("POST", "/chat/completions", "hasty", json=many, timeout=0.25)
+    wait_until(lambda: server.ask("tiny", "hasty", max_tokens=1).status_code == 429)  # who does not wait pays, too
     server.upload("one", "The only one.", "small")
     server.upload("one", "The only one, in new words.", "small")
     refused = server.call("POST", "/documents", "small", json={"id": "two", "text": "One too many."})
