@@ -42,6 +42,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def document_question(document: str, question: str) -> str:
+    """The user turn that asks a base model about a document it has in its prompt."""
+    return f"{document}\n\n{question}"
+
+
 @dataclass(frozen=True)
 class Affixes:
     """The chat template's tokens before and after a document."""

@@ -13,11 +13,11 @@ import tyro
 
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
+from d2l.chat import document_question
 from d2l.errors import UserError
 from d2l.extract import read_text
 from d2l.generation import SamplingConfig
 from d2l.model import SHIPPED, DocToLora
-from pipelines.teacher import document_question
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def ask(config: AskConfig) -> dict[str, Any]:
     """Answer three ways; `bytes` is what must be kept per document to answer the next question.
 
     Raises:
-        UserError: the file is missing or no text, or is too long; no such checkpoint or base model.
+        UserError: the file is missing, cannot be read, or is too long; no such checkpoint or base model.
     """
     if not config.question.strip():
         raise UserError("the question is empty; ask something")

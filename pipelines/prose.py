@@ -26,7 +26,7 @@ def arrow_reported(path: str) -> Iterator[None]:
 
 
 def load_prose(path: str, held_out: bool) -> list[str]:
-    """Texts of a Parquet file's column `text`, or the paragraphs of a text file.
+    """Texts of a Parquet file's column `text`, or the paragraphs of a file of text.
 
     Args:
         path: local or remote (fsspec).

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from d2l.base_model import BaseModel, load_base_model
+from d2l.chat import document_question
 from pipelines import cluster
 
 TOP = 16
@@ -33,11 +34,6 @@ TARGET_COLUMNS = {
 T = TypeVar("T")
 _HEAD_TOKENS = 512
 """Positions whose logits are held at a time: each is as wide as the vocabulary."""
-
-
-def document_question(document: str, question: str) -> str:
-    """The user turn that asks a base model about a document it has in its prompt."""
-    return f"{document}\n\n{question}"
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from transformers import AutoConfig
 
 from d2l.base_model import BUNDLED_MODELS, resolve
 from d2l.catalogue import Catalogue
@@ -36,6 +37,7 @@ from serve.catalogue.deployment import CatalogueDeployment
 from serve.catalogue.keys import Keys
 from serve.engine.batcher import BatcherConfig
 from serve.engine.deployment import Engine
+from serve.engine.kv_cache import check_attention
 from serve.errors import RETRY_AFTER_S
 from serve.gateway.deployment import Gateway
 from serve.internalizer import Internalizer
@@ -243,7 +245,9 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     Raises:
         UserError: the store or the base model cannot be used, the port is taken, or a deployment does not come up.
     """
-    resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
+    folder = resolve(config.base)  # here, where the user sees the error, before it is a replica's that keeps restarting
+    if not config.vllm:
+        check_attention(AutoConfig.from_pretrained(folder), config.base)
     Catalogue(config.store)
     if hypernetwork := _hypernetwork(config):
         read_config(hypernetwork)
@@ -254,8 +258,11 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS", "local")  # not whatever other cluster this machine runs
-            ray.init(address, num_cpus=_slots(config) if address == "local" else None)
+            address = os.environ.get("RAY_ADDRESS") or "local"  # not whatever other cluster this machine runs
+            try:
+                ray.init(address, num_cpus=_slots(config) if address == "local" else None)
+            except ConnectionError as error:
+                raise UserError(f"RAY_ADDRESS={address}: no cluster there; start one, or unset it") from error
             cleanup.callback(ray.shutdown)
             if address == "local":  # a cluster's Serve may have other applications
                 cleanup.callback(serve.shutdown)

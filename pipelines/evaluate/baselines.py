@@ -13,11 +13,10 @@ from transformers import DynamicCache
 from d2l import generation
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.chat import chat_text
+from d2l.chat import chat_text, document_question
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
-from pipelines.teacher import document_question
 
 _MARK = "\u2063document\u2063"
 _PIECE = 8192

@@ -141,7 +141,7 @@ def _run(config: EvaluateInterferenceConfig, pairs: list[dict[str, Any]]) -> np.
         for batch in listened.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             rows.append(np.stack([batch["nats"], batch["adapted"], batch["tokens"]], 1))
             progress.advance(len(rows[-1]), "")
-    return np.concatenate(rows)
+    return np.concatenate([np.empty((0, 3)), *rows])
 
 
 class Listener:

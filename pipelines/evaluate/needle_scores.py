@@ -129,9 +129,9 @@ def _count(pairs: Sequence[tuple[Trial, Answers]], right: Callable[[str, str], b
 
 
 def _interval(pairs: Sequence[tuple[Trial, Answers]], right: Callable[[str, str], bool]) -> tuple[float, float]:
-    """Of the share of right answers; over documents, whose needles are found or lost together."""
-    if all(len(trial.expected) == 1 for trial, _ in pairs):
-        return wilson(_count(pairs, right), len(pairs))
+    """Of the share of right answers; over documents, where these have several needles: found or lost together."""
+    if len(pairs) == 1 or all(len(trial.expected) == 1 for trial, _ in pairs):
+        return wilson(_count(pairs, right), _questions(pairs))
     counts = [(_count([pair], right), _questions([pair])) for pair in pairs]
     return share(*np.array(counts).T)
 

@@ -49,9 +49,9 @@ class Setting:
     """Digest of the texts, or nothing."""
     ranks: tuple[int, ...]
     """Ranks of adapters, 0 for uncompressed ones."""
-    in_context: int
-    """Documents of each length that are asked with their text in the prompt, too."""
-    timed: int
-    """Documents of each length that are run alone, too."""
     seed: int
     """First seed."""
+    in_context: int = 200
+    """Documents of each length that are asked with their text in the prompt, too."""
+    timed: int = 3
+    """Documents of each length that are run alone, too."""

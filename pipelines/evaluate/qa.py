@@ -185,7 +185,7 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
     hypernetwork, base = config.subject([config.rank, *ranks])
     others = tuple(_one_for_all(folder) for folder in (config.static, config.tuned_reader) if folder)
     return Setting(
-        hypernetwork, base, data, config.rows, others, config.rank, config.distillation, config.timed, config.seed
+        hypernetwork, base, data, config.rows, others, config.rank, config.distillation, config.seed, config.timed
     )
 
 

@@ -24,10 +24,10 @@ class Setting:
     """Rank that documents are internalized to."""
     distillation: DistillationConfig
     """How a document's LoRA is trained, for comparison."""
-    timed: int
-    """Documents of each group that are run alone, too."""
     seed: int
     """Chooses or makes the documents."""
+    timed: int = 3
+    """Documents of each group that are run alone, too."""
 
 
 @dataclass(frozen=True)

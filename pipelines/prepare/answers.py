@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
+from d2l.chat import document_question
 from pipelines.prepare.generation import PART_DOCUMENT, Completion, from_requests, to_requests
 from pipelines.prepare.rows import normalise
-from pipelines.teacher import document_question
 
 
 def ask_for_answers(documents: pa.Table) -> pa.Table:

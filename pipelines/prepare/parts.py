@@ -114,18 +114,13 @@ def _draw_split(digest: str, dev_share: float, test_share: float) -> str:
     return "test" if place < test_share else "dev" if place < test_share + dev_share else "train"
 
 
-def leave_out(document: Row, reason: str, message: str = "") -> None:
-    """Mark a document as left out, its questions included."""
-    document |= {"reason": reason, "message": message, "questions": [], "answers": []}
-
-
 def count_tokens(documents: list[Row], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
     """Fill in the documents' `tokens`, and leave out those with more than `max_tokens`."""
     usable = [document for document in documents if not document["reason"]]
     for document, tokens in zip(usable, _lengths([d["document"] for d in usable], tokenizer), strict=True):
         document["tokens"] = tokens
         if tokens > max_tokens:
-            leave_out(document, "too_long")  # as was asked for: it is counted, and no failure
+            document |= {"reason": "too_long", "questions": [], "answers": []}  # as was asked for: no failure
 
 
 def stage(part: int, documents: list[Row], output: Storage) -> None:

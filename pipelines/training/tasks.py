@@ -17,14 +17,14 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from d2l.chat import prompt_ids
+from d2l.chat import document_question, prompt_ids
 from d2l.chunking import ChunkingConfig, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.tasks.facts import MAX_FACTS, FactsConfig, make_facts
 from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
 from d2l.tasks.sample import Sample
 from pipelines.prose import load_prose
-from pipelines.teacher import TOP, Targets, answer_ids, document_question
+from pipelines.teacher import TOP, Targets, answer_ids
 from pipelines.training.parquet import RowGroups, open_row_groups
 
 

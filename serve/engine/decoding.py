@@ -119,4 +119,6 @@ def sample(logits_V: Tensor, sampling: SamplingConfig, generator: torch.Generato
     if probs_N.sum() < sampling.top_p:
         probs_N, ids_N = probs_V.sort(descending=True)
     kept_N = probs_N.cumsum(-1) - probs_N < sampling.top_p
-    return int(ids_N[torch.multinomial(probs_N * kept_N, 1, generator=generator)])
+    # Drawn by their ids, not by their ranks, which rounding swaps: a seed's answer would change with them.
+    kept_V = torch.zeros_like(probs_V).scatter(0, ids_N, probs_N * kept_N)
+    return int(torch.multinomial(kept_V, 1, generator=generator))

@@ -11,13 +11,13 @@ without a copy.
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
@@ -58,7 +58,8 @@ class _Slab:
         self.data[:, :, len(self.places), :, : last.length] = 0
         last.index = place.index
         if 0 < len(self.places) <= self.data.shape[2] // 4:
-            self._resize(self.data.shape[2] // 2)
+            with suppress(torch.OutOfMemoryError):  # both are there for a moment
+                self._resize(self.data.shape[2] // 2)
 
     def _resize(self, rows: int) -> None:
         count, length = len(self.places), max(place.length for place in self.places)
@@ -78,8 +79,9 @@ class _Slab:
         if one is other:
             return
         i, j, length = one.index, other.index, max(one.length, other.length)
-        for layer in self.data:  # one by one: both rows are copied on the way
-            layer[:, [i, j], :, :length] = layer[:, [j, i], :, :length]
+        kept = self.data[:, :, i, :, :length].clone()
+        self.data[:, :, i, :, :length] = self.data[:, :, j, :, :length]
+        self.data[:, :, j, :, :length] = kept
         self.places[i], self.places[j] = other, one
         one.index, other.index = j, i
 
@@ -94,6 +96,22 @@ class Place:
     """Tokens there."""
 
 
+def check_attention(config: PretrainedConfig, name: str) -> None:
+    """Refuse the base model `name` if its attention is of a kind that would be computed wrongly here.
+
+    Raises:
+        UserError: it is.
+    """
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(config, "attn_logit_softcapping", None):
+        kinds.add("softcapping")
+    if kinds:
+        raise UserError(
+            f"base model {name}: attention with {', '.join(sorted(kinds))} is not for this engine; give --vllm"
+        )
+
+
 class KVCache:
     """Keys and values of all rows."""
 
@@ -103,14 +121,7 @@ class KVCache:
         Raises:
             UserError: the base model's attention is of a kind that would be computed wrongly.
         """
-        config = base.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if getattr(config, "attn_logit_softcapping", None):
-            kinds.add("softcapping")
-        if kinds:
-            raise UserError(
-                f"base model {base.name}: attention with {', '.join(sorted(kinds))} is not for this engine; give --vllm"
-            )
+        check_attention(base.model.config, base.name)
         self._base = base
         self._slabs: dict[int, _Slab] = {}
 

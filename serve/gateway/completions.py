@@ -3,13 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.responses import Response as HttpResponse
-from ray.serve.handle import DeploymentResponseGenerator
+from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from d2l.catalogue import Event
 from serve.catalogue.keys import ApiKey
@@ -77,12 +78,8 @@ class _Answers:
         if request.stream:
             return await self._stream(each, key, response, request.stream_options.include_usage)
         calls = [self._backend.engine.complete.remote(asked) for asked in each]
-        try:
-            async with self._backend.deadline(*calls):
-                answers = await asyncio.gather(*calls)
-        except asyncio.CancelledError:  # the client has gone, and with it what it has used: else that would be a way
-            self._backend.charge(key, request.n * request.length)
-            raise
+        async with self._waiting(each, key, calls):
+            answers = await asyncio.gather(*calls)
         self._backend.charge(key, usage(answers)["total_tokens"])
         return JSONResponse(response.whole(answers))
 
@@ -92,7 +89,7 @@ class _Answers:
         engine = self._backend.engine.options(stream=True)
         streams = [cast(DeploymentResponseGenerator, engine.stream.remote(asked)) for asked in each]
         # Before the status is sent: what is wrong with a request shows here.
-        async with self._backend.deadline(*streams):
+        async with self._waiting(each, key, streams):
             last = await asyncio.gather(*(anext(stream) for stream in streams))
 
         async def events() -> AsyncIterator[str]:
@@ -112,6 +109,21 @@ class _Answers:
                 self._backend.charge(key, usage(last)["total_tokens"])
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @asynccontextmanager
+    async def _waiting(
+        self,
+        each: Sequence[EngineRequest],
+        key: ApiKey,
+        calls: Sequence[DeploymentResponse] | Sequence[DeploymentResponseGenerator],
+    ) -> AsyncIterator[None]:
+        """As `Backend.deadline`; a client that goes meanwhile pays for what it asked for, or going would be free."""
+        try:
+            async with self._backend.deadline(*calls):
+                yield
+        except asyncio.CancelledError:
+            self._backend.charge(key, sum(asked.sampling.max_new_tokens for asked in each))
+            raise
 
     async def _documents(
         self, name: ModelName, model: str, tenant: str, question: str

@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2l.base_model import BaseModel
+from d2l.chat import document_question
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig, generate
 from d2l.storage import Storage
 from pipelines.prepare.job import PrepareConfig, prepare
-from pipelines.teacher import TOP, answer_ids, document_question
+from pipelines.teacher import TOP, answer_ids
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -5,10 +5,10 @@ import torch
 from d2l import DocToLora
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
+from d2l.chat import document_question
 from d2l.generation import SamplingConfig, generate
 from d2l.injection import inject, place_rows
 from pipelines.evaluate.distillation import DistillationConfig, Distiller
-from pipelines.teacher import document_question
 from tests.conftest import tiny_hypernetwork
 
 DOCUMENT, QUESTIONS = "The harbour opens at noon and closes at nine.", ("When does it open?", "When does it close?")

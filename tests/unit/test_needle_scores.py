@@ -99,7 +99,7 @@ def test_the_log_gives_back_what_it_got_and_survives_a_kill(tmp_path) -> None:
 def evaluation(folder, trials, hypernetwork: str = "abcd"):
     folder.mkdir()
     AnswerLog(folder, Trial).append([line(t) for t in trials])
-    setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 200, 3, 0)
+    setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 0)
     Evaluation(setting, folder.name).save(folder)
     return folder
 

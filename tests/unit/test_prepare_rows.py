@@ -12,6 +12,7 @@ import pytest
 from deltalake import write_deltalake
 
 from d2l.base_model import BaseModel
+from d2l.chat import document_question
 from d2l.errors import UserError
 from d2l.storage import Storage
 from pipelines.prepare.answers import ask_for_answers, keep_extractive, take_answers
@@ -28,7 +29,6 @@ from pipelines.prepare.questions import (
 )
 from pipelines.prepare.rows import Inspected, inspect, list_files, read_file
 from pipelines.sources import SourceConfig
-from pipelines.teacher import document_question
 
 HARBOUR = "The magic number of the blue harbour is 4821. Remember it."
 MODEL = "A hypernetwork reads a document once and writes an adapter for a frozen model."

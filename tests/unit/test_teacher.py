@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from d2l.base_model import BaseModel
-from pipelines.teacher import TARGET_COLUMNS, TOP, Teacher, answer_ids, document_question
+from d2l.chat import document_question
+from pipelines.teacher import TARGET_COLUMNS, TOP, Teacher, answer_ids
 
 ROWS = [
     {
