@@ -11,7 +11,7 @@ document has. Rows:
 - `context_distillation`: a LoRA trained for this document, on questions that the base model writes about it, and
   `context_distillation_oracle`, on those that are asked (see `distillation`); none where the document exceeds the
   window, so those answers are the base model's;
-- `d2l_wrong_document`: another document's adapter; `d2l`; `d2l_rank16` and the like: its adapter compressed further.
+- `d2l_wrong_document`: another document's adapter; `d2l`; `d2l_rank32` and the like: its adapter compressed further.
 
 Answers are written down as they come: the same command into the same folder continues where it stopped.
 """
@@ -62,7 +62,7 @@ class ExaminerConfig(EvaluateConfig):
     """Who is asked, and under which conditions."""
 
     rows: tuple[str, ...] = ("no_document", "in_context", "d2l_wrong_document", "d2l")
-    """What the base model has of a document: any of these, `d2l_rank16` and the like, `static`, `tuned_reader`,
+    """What the base model has of a document: any of these, `d2l_rank32` and the like, `static`, `tuned_reader`,
     `context_distillation`, `context_distillation_oracle`."""
     static: str | None = None
     """Checkpoint for the row `static`, as --hypernetwork."""
@@ -174,7 +174,7 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
     """The setting, once all that can be known without the base model is seen to be right."""
     for row in config.rows:
         if row not in _ROWS and not _COMPRESSED.fullmatch(row):
-            raise UserError(f"--rows {row}: unknown; known are {', '.join(_ROWS)}, d2l_rank16 and other ranks")
+            raise UserError(f"--rows {row}: unknown; known are {', '.join(_ROWS)}, d2l_rank32 and other ranks")
         if row in ("static", "tuned_reader") and getattr(config, row) is None:
             raise UserError(f"--rows {row}: give its checkpoint, --{row.replace('_', '-')} FOLDER")
     if not config.rows or len(set(config.rows)) < len(config.rows):
