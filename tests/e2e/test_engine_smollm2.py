@@ -52,7 +52,8 @@ def test_a_full_batch_of_adapters_answers_as_each_alone(dtype: str):
             continue
         assert dtype == "bfloat16"
         texts = [model.base.tokenizer.decode(ids[: n + 1]).encode() for n in range(len(ids))]
-        same = next(n for n, text in enumerate(texts) if not data.startswith(text))
+        # Where the library ended, it may be the end itself that tied.
+        same = next((n for n, text in enumerate(texts) if not data.startswith(text)), len(ids))
         assert gap(model.base, [*job.prompt, *ids[:same]], job.adapter) < 0.2
 
 
