@@ -219,7 +219,8 @@ def test_an_adapter_that_is_not_finite_costs_its_document_alone(tiny_llama: Base
 
 
 def test_documents_do_not_change_how_prompts_become_tokens(tiny_llama: BaseModel) -> None:
-    base = tiny_llama
-    Internalizer(base, tiny_hypernetwork(base))(documents(5))
-    assert not base.tokenizer.split_special_tokens
-    assert base.tokenizer.eos_token_id in base.prompt_ids([{"role": "user", "content": "What?"}])
+    turn = [{"role": "user", "content": "What?"}]
+    before = tiny_llama.prompt_ids(turn)
+    Internalizer(tiny_llama, tiny_hypernetwork(tiny_llama))(documents(5))
+    assert not tiny_llama.tokenizer.backend_tokenizer.encode_special_tokens  # what another thread's prompt would meet
+    assert tiny_llama.prompt_ids(turn) == before
