@@ -92,7 +92,7 @@ def bench_serve(config: BenchServeConfig) -> dict[str, Any]:
     name = base_model_of(config.hypernetwork)
     if config.llama and name not in BUNDLED_MODELS.values():
         raise UserError(f"llama.cpp is run with the bundled base model; {config.hypernetwork} is for {name}")
-    base = load_base_model(name)
+    base = load_base_model(name, packed=True)
     made_by = Hypernetwork.from_pretrained(config.hypernetwork, base)
     adapters = {rank: [random_adapter(base, made_by, rank) for _ in range(config.requests)] for rank in config.ranks}
     batcher = Batcher(base, BatcherConfig(config.requests, max_batch_tokens=2**20))

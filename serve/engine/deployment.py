@@ -96,7 +96,7 @@ class Engine:
             self._base = load_base_model(base, "meta", torch.bfloat16)  # vLLM has the weights
             self._batcher = VllmBatcher(self._base, base, dtype, batching, vllm)
         else:
-            self._base = load_base_model(base, device, dtype)
+            self._base = load_base_model(base, device, dtype, packed=True)
             self._batcher = Batcher(self._base, batching)
         self._disk = AdapterDisk(AdapterStore(store), disk_bytes)
         self._loaders = ThreadPoolExecutor(_LOADS, "adapter-load")  # of their own: prompts wait for no slow storage
