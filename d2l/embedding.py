@@ -43,18 +43,8 @@ _BATCH_TOKENS = 8192
 _MOST_TERMS = 1024
 """Different tokens that are kept of a text."""
 
-_OPENING = 0.4
-"""How much more a text's first chunk counts than another one, for each of the others: it says what the text is about."""
-
-
-class _Chunk(NamedTuple):
-    """A piece of a text."""
-
-    text: int
-    """The text's number."""
-    ids: Sequence[int]
-    weight: float
-    """What its vector counts for in the text's."""
+_Chunk = tuple[int, Sequence[int]]
+"""Number of its text, and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ class EmbeddingModel:
             weights = weights_digest(folder)
         except UserError as error:
             raise UserError(f"{what} {name}: {error}") from None
-        work = json.dumps([weights, limit, *modes, "terms", _MOST_TERMS, "opening", _OPENING])
+        work = json.dumps([weights, limit, *modes, "terms", _MOST_TERMS])
         digest = hashlib.sha256(work.encode()).hexdigest()[:16]
         return cls(str(folder), f"{public}@{digest}", limit, _FIRST_TOKEN in modes)
 
@@ -137,23 +127,18 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[Embedding]:
-        """What each text is about; a long one's vector is its chunks' weighted mean, scaled to norm 1."""
+        """What each text is about; a long one's vector is the mean of its chunks' unit vectors, scaled to norm 1."""
         tokens = [self._tokens(text) for text in texts]
         terms = [dict(Counter(ids).most_common(_MOST_TERMS)) for ids in tokens]
         return list(map(Embedding, self._means(tokens).tolist(), terms))
 
     def _means(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """[texts, width] float32, on the CPU."""
-        chunks = []
-        for text, ids in enumerate(tokens):
-            opening, *others = split_evenly(ids, self._chunking)
-            chunks.append(_Chunk(text, opening, 1 + _OPENING * len(others)))
-            chunks += [_Chunk(text, other, 1) for other in others]
+        chunks = [(number, chunk) for number, ids in enumerate(tokens) for chunk in split_evenly(ids, self._chunking)]
         sums = torch.zeros(len(tokens), self._model.config.hidden_size)
         for batch in self._batches(chunks):
-            weights_C1 = torch.tensor([[chunk.weight] for chunk in batch])
-            vectors_CD = self._vectors([chunk.ids for chunk in batch]).cpu()
-            sums.index_add_(0, torch.tensor([chunk.text for chunk in batch]), weights_C1 * vectors_CD)
+            owners = torch.tensor([owner for owner, _ in batch])
+            sums.index_add_(0, owners, self._vectors([ids for _, ids in batch]).cpu())
         return F.normalize(sums, dim=-1)
 
     def _tokens(self, text: str) -> list[int]:
@@ -161,9 +146,9 @@ class Embedder:
 
     def _batches(self, chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
         """All chunks, longest first: batches of about equal lengths."""
-        ordered = sorted(chunks, key=lambda chunk: -len(chunk.ids))
+        ordered = sorted(chunks, key=lambda chunk: -len(chunk[1]))
         while ordered:
-            count = max(1, _BATCH_TOKENS // (len(ordered[0].ids) + self._affixes.length))
+            count = max(1, _BATCH_TOKENS // (len(ordered[0][1]) + self._affixes.length))
             yield ordered[:count]
             ordered = ordered[count:]
 

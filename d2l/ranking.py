@@ -10,9 +10,8 @@ from collections.abc import Collection
 import numpy as np
 from scipy.sparse import csc_array, csr_array
 
-_WORDS = 0.007
-"""What a point of BM25 counts for beside the cosine. Chosen, with the weight that `d2l.embedding` gives to openings, by
-160 questions about manuals' pages other than those that `tests/e2e/auto_on_manuals.py` asks about."""
+_WORDS = 0.01
+"""What a point of BM25 counts for beside the cosine."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """BM25's k1 and b, at their usual values."""
 

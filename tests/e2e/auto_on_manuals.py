@@ -2,7 +2,7 @@
 
     python -m tests.e2e.auto_on_manuals PAGES.parquet --others QA.parquet [--pages 400]
 
-The Parquet files have columns `title` and `text`, and `question`. `manual_questions.jsonl` has 100 questions, each
+The Parquet files have columns `title` and `text`, and `question`. `manual_questions.jsonl` has 260 questions, each
 written from a page of the PostgreSQL 15 or Python 3.11 manual; of the other file as many are asked, which are about
 something else. Prints one JSON object.
 """
