@@ -8,7 +8,7 @@ import torch
 
 from d2l import DocToLora, generation
 from d2l.adapter import Adapter
-from d2l.base_model import BaseModel
+from d2l.base_model import BaseModel, load_base_model
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
 from d2l.model import SHIPPED
@@ -36,7 +36,8 @@ def test_a_full_batch_of_adapters_answers_as_each_alone(dtype: str):
     for number, adapter in enumerate(adapters):
         messages = [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]
         jobs.append(Job(model.base.prompt_ids(messages), adapter, SamplingConfig(48), logprobs=0))
-    batcher = Batcher(model.base, BatcherConfig(ROWS, prefill_tokens=64))
+    served = load_base_model(model.base.name, dtype=dtype, packed=True)
+    batcher = Batcher(served, BatcherConfig(ROWS, prefill_tokens=64))
 
     async def answer(job: Job) -> bytes:
         await asyncio.sleep(moments.random() * 5)
