@@ -24,11 +24,10 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace all linear modules of a bfloat16 model on a CPU that multiplies such numbers.
+    """Replace all linear modules of a bfloat16 model on a CPU that has instructions for such products.
 
     Weights that are no other module's are freed.
     """
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for path, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                model.set_submodule(path, PackedLinear(module))
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(path, PackedLinear(module))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from d2l.base_model import BaseModel, load_base_model
+from d2l.base_model import BaseModel, default_dtype, load_base_model
 from d2l.injection import inject, place_rows
 from d2l.packing import PackedLinear
 from tests.conftest import random_adapter
 
 pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply in bfloat16"
+    default_dtype(torch.device("cpu")) != torch.bfloat16, reason="this CPU does not multiply in bfloat16"
 )
 
 
