@@ -144,6 +144,20 @@ def test_products_of_bfloat16_are_exact(count: int) -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
+@pytest.mark.parametrize("count", [9, 60])
+def test_gradients_of_bfloat16_rows_are_those_of_the_same_numbers(count: int) -> None:
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        a, b = (t.bfloat16().to(dtype).requires_grad_() for t in rows(count)["down_proj"])
+        strengths = STRENGTHS["down_proj"].clone().requires_grad_()
+        update = delta(regress({"down_proj": LowRank(a, b)}, {"down_proj": strengths}))["down_proj"]
+        found = torch.autograd.grad((update * delta(rows(3, seed=1))["down_proj"]).sum(), (a, b, strengths))
+        assert [g.dtype for g in found] == [dtype, dtype, torch.float32]
+        return [g.float() for g in found]
+
+    for rounded, exact in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert (rounded - exact).norm() < 2e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("capacity", [30, 200])
 def test_modules_of_different_widths_have_one_rank(capacity: int) -> None:
     """Of the wide one no row is lost, though the narrow one's regression has fewer."""
