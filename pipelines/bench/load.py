@@ -52,8 +52,9 @@ from serve.catalogue.deployment import CatalogueDeployment
 from serve.engine.adapter_cache import Key
 from serve.engine.answer import Piece
 from serve.engine.batcher import BatcherConfig
-from serve.engine.deployment import Engine, EngineRequest
+from serve.engine.deployment import Engine
 from serve.engine.metrics import EngineMetrics
+from serve.engine.request import EngineRequest
 from serve.gateway.deployment import Gateway
 
 _OVERHEAD_ROUNDS = 100

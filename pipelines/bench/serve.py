@@ -49,7 +49,8 @@ from pipelines.bench.timing import interleaved
 from serve.engine.adapter_disk import AdapterDisk
 from serve.engine.answer import Job
 from serve.engine.batcher import Batcher, BatcherConfig
-from serve.engine.deployment import Engine, EngineRequest
+from serve.engine.deployment import Engine
+from serve.engine.request import EngineRequest
 from serve.engine.vllm import VllmBatcher
 
 _FEW = 8

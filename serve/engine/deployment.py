@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
 
 import jinja2
 import torch
@@ -20,13 +19,13 @@ from d2l.adapter import Adapter, compose
 from d2l.base_model import load_base_model
 from d2l.errors import UserError
 from d2l.factors import map_tensors
-from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
 from serve.engine.adapter_cache import AdapterCache, Key
 from serve.engine.adapter_disk import AdapterDisk
 from serve.engine.answer import Job, Piece
 from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.metrics import AnswerTimer, EngineMetrics
+from serve.engine.request import EngineRequest
 from serve.engine.vllm import VllmBatcher
 from serve.errors import ApiError, adapter_error
 
@@ -34,33 +33,6 @@ _LOADS = 32
 """Adapters that are loaded at once at most."""
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """What a gateway asks of an engine."""
-
-    messages: list[dict[str, str]] | None
-    """The conversation; None where a prompt is given."""
-    tenant: str
-    """Whose adapters."""
-    adapter_ids: tuple[str, ...]
-    """Empty for the bare base model; several are composed."""
-    sampling: SamplingConfig
-    stops: tuple[str, ...] = ()
-    """Strings that end the answer, and are not part of it."""
-    seed: int | None = None
-    """Of the sampling."""
-    prompt: str | None = None
-    """A text to continue, without chat template; None where messages are given."""
-    logprobs: int | None = None
-    """How many of the most likely tokens to tell for each token of the answer; None for no log-probabilities."""
-    sent_at: float = field(default_factory=time.time)
-    """Unix time from which on the answer is waited for."""
-
-    def __post_init__(self) -> None:
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("give messages or a prompt, one of them")
 
 
 @serve.deployment

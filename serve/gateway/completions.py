@@ -15,12 +15,12 @@ from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 from d2l.catalogue import Event
 from serve.catalogue.keys import ApiKey
 from serve.engine.answer import Piece
-from serve.engine.deployment import EngineRequest
+from serve.engine.request import EngineRequest
 from serve.errors import ApiError, as_api_error, error_body
 from serve.gateway.backend import Backend, cancel
 from serve.gateway.model_names import ModelName, shown
 from serve.gateway.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from serve.gateway.responses import ChatResponse, CompletionResponse, Response, usage
+from serve.gateway.responses import ChatResponse, CompletionResponse, Response
 from serve.selector import Choice
 
 _QUESTION_CHARACTERS = 4000
@@ -37,12 +37,12 @@ def completions_router(backend: Backend) -> APIRouter:
     async def chat(request: ChatRequest, key: caller) -> HttpResponse:
         """Answer a conversation, whole or as server-sent events."""
         messages = [message.plain() for message in request.messages]
-        return await answers.answer(request, key, messages, None, ChatResponse)
+        return await answers.answer(request, key, messages, (None,), ChatResponse)
 
     @router.post("/completions", response_model=None)
     async def complete(request: CompletionRequest, key: caller) -> HttpResponse:
-        """Continue a text, whole or as server-sent events."""
-        return await answers.answer(request, key, None, request.prompt, CompletionResponse)
+        """Continue texts, whole or as server-sent events."""
+        return await answers.answer(request, key, None, request.prompts, CompletionResponse)
 
     return router
 
@@ -56,12 +56,14 @@ class _Answers:
         request: GenerationRequest,
         key: ApiKey,
         messages: list[dict[str, str]] | None,
-        prompt: str | None,
+        prompts: Sequence[str | None],
         kind: type[Response],
     ) -> HttpResponse:
-        """The response to a request for messages or a prompt."""
+        """The response to a request for messages, or for prompts: answers to the first one, then to the others."""
         name = ModelName.parse(request.model)
-        question = (prompt or _question(messages or []))[-_QUESTION_CHARACTERS:]
+        if name.auto and len(prompts) > 1:
+            raise ApiError(400, "`auto` chooses a document for one prompt; send each in a request of its own.")
+        question = (prompts[0] or _question(messages or []))[-_QUESTION_CHARACTERS:]
         events, extra = await self._documents(name, request.model, key.tenant, question)
         asked = EngineRequest(
             messages,
@@ -70,17 +72,18 @@ class _Answers:
             request.sampling(),
             request.stops(),
             request.seed,
-            prompt,
+            prompts[0],
             request.top,
         )
-        each = [replace(asked, seed=None if asked.seed is None else asked.seed + i) for i in range(request.n)]
-        response = kind(request.model, extra)
+        seeds = [None if request.seed is None else request.seed + i for i in range(request.n)]
+        each = [replace(asked, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+        response = kind(request.model, extra, request.n)
         if request.stream:
             return await self._stream(each, key, response, request.stream_options.include_usage)
         calls = [self._backend.engine.complete.remote(asked) for asked in each]
         async with self._waiting(each, key, calls):
             answers = await asyncio.gather(*calls)
-        self._backend.charge(key, usage(answers)["total_tokens"])
+        self._backend.charge(key, response.usage(answers)["total_tokens"])
         return JSONResponse(response.whole(answers))
 
     async def _stream(
@@ -106,7 +109,7 @@ class _Answers:
                 yield _event(error_body(as_api_error(error)))
             finally:
                 cancel(stream for stream, piece in zip(streams, last, strict=True) if not piece.finish_reason)
-                self._backend.charge(key, usage(last)["total_tokens"])
+                self._backend.charge(key, response.usage(last)["total_tokens"])
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -117,12 +120,16 @@ class _Answers:
         key: ApiKey,
         calls: Sequence[DeploymentResponse] | Sequence[DeploymentResponseGenerator],
     ) -> AsyncIterator[None]:
-        """As `Backend.deadline`; a client that goes meanwhile pays for what it asked for, or going would be free."""
+        """As `Backend.deadline`; a client that goes meanwhile pays for what it asked for, or going would be free.
+
+        A minute's tokens at most: it may have asked for more than there is.
+        """
         try:
             async with self._backend.deadline(*calls):
                 yield
         except asyncio.CancelledError:
-            self._backend.charge(key, sum(asked.sampling.max_new_tokens for asked in each))
+            asked = sum(asked.sampling.max_new_tokens for asked in each)
+            self._backend.charge(key, min(asked, key.limits.tokens_per_minute or asked))
             raise
 
     async def _documents(

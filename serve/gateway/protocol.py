@@ -7,13 +7,15 @@ Parameters that are not honoured are refused, never ignored; their neutral value
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from d2l.generation import SamplingConfig
 
 DEFAULTS = SamplingConfig()
 """Sampling where a request does not say: greedy."""
 MOST_CHOICES = 8
+"""Answers to one prompt."""
+_MOST_ANSWERS = 32
 """Answers to one request."""
 _MOST_PARTS = 4096
 """Messages of a conversation, and pieces of a message."""
@@ -27,11 +29,8 @@ def _unicode(text: str) -> str:
     return text
 
 
-def _only(prompt: Any) -> Any:
-    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-
-
 Text = Annotated[str, AfterValidator(_unicode)]
+Prompt = Annotated[Text, Field(min_length=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
@@ -73,6 +72,12 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
+class PlainText(Strict):
+    """The form of an answer: the only one there is."""
+
+    type: Literal["text"] = "text"
+
+
 class GenerationRequest(Strict):
     """What chats and completions have in common."""
 
@@ -91,6 +96,7 @@ class GenerationRequest(Strict):
     stream_options: StreamOptions = StreamOptions()
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = {}
     user: str = ""
 
     @property
@@ -119,6 +125,10 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: PlainText = PlainText()
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -142,12 +152,23 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[Text, Field(min_length=1), BeforeValidator(_only)] = Field(
-        description="A text, or a list of one: some clients always send lists."
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
+        description="A text, or a list of texts, each to be continued; tokens are not taken."
     )
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
     best_of: Literal[1] = 1
+
+    @property
+    def prompts(self) -> list[str]:
+        """One or more."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @model_validator(mode="after")
+    def _few(self) -> "CompletionRequest":
+        if (answers := len(self.prompts) * self.n) > _MOST_ANSWERS:
+            raise ValueError(f"prompts times n must be {_MOST_ANSWERS} at most, not {answers}")
+        return self
 
     @property
     def top(self) -> int | None:

@@ -18,6 +18,8 @@ class Response(ABC):
     model: str
     extra: dict[str, Any] = field(default_factory=dict)
     """Fields that OpenAI does not have."""
+    each: int = 1
+    """Answers to each prompt, one prompt's after the other's."""
     id: str = field(init=False)
     created: int = field(init=False)
     prefix: ClassVar[str]
@@ -32,7 +34,7 @@ class Response(ABC):
     def whole(self, answers: Sequence[Piece]) -> dict[str, Any]:
         """All answers in one."""
         choices = [self.choice(i, answer, whole=True) for i, answer in enumerate(answers)]
-        return {**self._head(self.whole_kind), "choices": choices, "usage": usage(answers)}
+        return {**self._head(self.whole_kind), "choices": choices, "usage": self.usage(answers)}
 
     def chunk(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
         """A piece of a stream."""
@@ -40,7 +42,13 @@ class Response(ABC):
 
     def usage_chunk(self, last: Sequence[Piece]) -> dict[str, Any]:
         """The end of a stream that was asked for its usage."""
-        return {**self._head(self.piece_kind), "choices": [], "usage": usage(last)}
+        return {**self._head(self.piece_kind), "choices": [], "usage": self.usage(last)}
+
+    def usage(self, last: Sequence[Piece]) -> dict[str, int]:
+        """Token counts of the answers, from their last pieces; a prompt counts once."""
+        prompt = sum(piece.prompt_tokens for piece in last[:: self.each])
+        completion = sum(piece.completion_tokens for piece in last)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     @abstractmethod
     def choice(self, index: int, piece: Piece, whole: bool = False, first: bool = False) -> dict[str, Any]:
@@ -96,12 +104,6 @@ class CompletionResponse(Response):
             "top_logprobs": [{top.token: top.logprob for top in token.top} for token in tokens],
             "text_offset": offsets,
         }
-
-
-def usage(last: Sequence[Piece]) -> dict[str, int]:
-    """Token counts of the answers to one prompt, from their last pieces."""
-    prompt, completion = last[0].prompt_tokens, sum(piece.completion_tokens for piece in last)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
 from serve.engine.batcher import BatcherConfig
-from serve.engine.deployment import Engine, EngineRequest
+from serve.engine.deployment import Engine
+from serve.engine.request import EngineRequest
 from serve.routing.rendezvous import order
 from serve.routing.router import AdapterRouter
 from tests.conftest import random_adapter

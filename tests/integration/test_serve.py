@@ -236,6 +236,22 @@ def test_completions_continue_a_text(server: Server):
         assert "".join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
 
 
+def test_several_prompts_are_answered_in_one_request(server: Server):
+    """Choices are one prompt's after the other's, as clients rely on."""
+    options = {"model": ALIAS, "max_tokens": 8, "n": 2, "temperature": 1.0, "seed": 3}
+    prompts = ["The magic number", "A hypernetwork reads a document"]
+    alone = [server.client.completions.create(prompt=prompt, **options) for prompt in prompts]
+    both = server.client.completions.create(prompt=prompts, **options)
+    assert [c.text for c in both.choices] == [choice.text for answer in alone for choice in answer.choices]
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.usage.prompt_tokens == sum(answer.usage.prompt_tokens for answer in alone)
+    assert both.usage.total_tokens == sum(answer.usage.total_tokens for answer in alone)
+    with pytest.raises(openai.BadRequestError, match="at most, not 34"):
+        server.client.completions.create(prompt=prompts * 17, **options | {"n": 1})
+    with pytest.raises(openai.BadRequestError, match="one prompt"):
+        server.client.completions.create(prompt=prompts, **options | {"model": f"{ALIAS}:auto"})
+
+
 def test_log_probabilities(server: Server):
     options = {"model": ALIAS, "max_tokens": 6}
     messages = [{"role": "user", "content": QUESTION}]

@@ -12,7 +12,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.request_router import PendingRequest
 
 from d2l.generation import SamplingConfig
-from serve.engine.deployment import EngineRequest
+from serve.engine.request import EngineRequest
 from serve.routing import router
 from serve.routing.rendezvous import order
 from serve.routing.router import AdapterRouter

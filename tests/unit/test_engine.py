@@ -17,7 +17,8 @@ from d2l.generation import SamplingConfig
 from d2l.store import AdapterStore
 from serve.engine.answer import Piece
 from serve.engine.batcher import BatcherConfig
-from serve.engine.deployment import Engine, EngineRequest
+from serve.engine.deployment import Engine
+from serve.engine.request import EngineRequest
 from serve.errors import ApiError
 from tests.conftest import random_adapter
 

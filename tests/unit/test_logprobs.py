@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from d2l.base_model import BaseModel
 from d2l.generation import SamplingConfig
 from serve.engine.answer import Job
-from serve.engine.deployment import EngineRequest
 from serve.engine.logprobs import token_logprob
+from serve.engine.request import EngineRequest
 from tests.conftest import random_adapter, tiny_tokenizer
 from tests.unit.test_batcher import answers, text
 

@@ -1,6 +1,11 @@
 """Requests as OpenAI's clients send them."""
 
+import pytest
+from pydantic import ValidationError
+
 from serve.gateway.protocol import ChatRequest
+
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def test_messages_may_have_a_name_and_developers_speak_as_the_system() -> None:
@@ -18,3 +23,23 @@ def test_messages_may_have_a_name_and_developers_speak_as_the_system() -> None:
         {"role": "user", "content": "Who am I?"},
         {"role": "assistant", "content": "Ann."},
     ]
+
+
+def test_what_changes_no_answer_is_taken_and_what_would_is_not() -> None:
+    neutral = {
+        "response_format": {"type": "text"},
+        "tools": [],
+        "logit_bias": {},
+        "store": False,
+        "service_tier": "auto",
+    }
+    ChatRequest(model="m", messages=HELLO, **neutral)  # type: ignore[arg-type]
+    for name, value in {
+        "response_format": {"type": "json_object"},
+        "tools": [{"type": "function"}],
+        "logit_bias": {"5": 1},
+        "store": True,
+        "presence_penalty": 1,
+    }.items():
+        with pytest.raises(ValidationError, match=name):
+            ChatRequest(model="m", messages=HELLO, **{name: value})  # type: ignore[arg-type]
