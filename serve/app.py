@@ -255,10 +255,11 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
         EmbeddingModel.of(embedding)
     if config.keys:
         Keys.read(config.keys)
-    _check_port(config)
+    address = os.environ.get("RAY_ADDRESS") or "local"  # not whatever other cluster this machine runs
+    if address == "local":  # a cluster's Serve may listen there already
+        _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS") or "local"  # not whatever other cluster this machine runs
             try:
                 ray.init(address, num_cpus=_slots(config) if address == "local" else None)
             except ConnectionError as error:

@@ -27,7 +27,13 @@ from d2l.model import DocToLora
 from d2l.store import AdapterStore, adapter_id
 from serve.errors import ApiError, adapter_error, storage_error
 
+LONG_CHARACTERS = 20_000
+"""Longer documents are read by themselves, and answered before they are ready."""
 _BATCH_WAIT_S = 0.02
+_BATCH_CHARACTERS = 2 * LONG_CHARACTERS
+"""Of short documents that are ready together, for the first of them waits for the last."""
+_BATCH_DOCUMENTS = 16
+"""At most: their adapters are in memory until they are stored."""
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 logger = logging.getLogger("ray.serve")
@@ -42,8 +48,23 @@ class Internalization:
     text: str
     extractor: str
     """What made the text, for the adapter's id."""
-    long: bool
-    """Whether it has a batch of its own."""
+
+    @property
+    def long(self) -> bool:
+        """Whether it has a batch of its own."""
+        return len(self.text) > LONG_CHARACTERS
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A document and who makes its adapter: the one at work when it came, whom its adapter's id names."""
+
+    maker: "_Maker"
+    work: Internalization
+
+
+def _batch_size(jobs: Sequence[_Job]) -> int:
+    return sum(max(len(job.work.text), _BATCH_CHARACTERS // _BATCH_DOCUMENTS) for job in jobs)
 
 
 @serve.deployment
@@ -168,11 +189,11 @@ class Internalizer:
             async with self._computing[work.long]:
                 return (await asyncio.to_thread(self._embedder, [work.text]))[0]
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=_BATCH_WAIT_S)
-    async def _together(self, jobs: list["_Job"]) -> list[Adapter | UserError]:
+    @serve.batch(max_batch_size=_BATCH_CHARACTERS, batch_wait_timeout_s=_BATCH_WAIT_S, batch_size_fn=_batch_size)
+    async def _together(self, jobs: list[_Job]) -> list[Adapter | UserError]:
         return await self._compute(jobs)
 
-    async def _compute(self, jobs: Sequence["_Job"]) -> list[Adapter | UserError]:
+    async def _compute(self, jobs: Sequence[_Job]) -> list[Adapter | UserError]:
         """Adapters, or why there is none, in order; each by the hypernetwork that its job began with.
 
         Args:
@@ -233,11 +254,3 @@ class _Maker:
 def _too_long(tokens: str, most: int) -> ApiError:
     message = f"The document has {tokens} tokens; this server takes {most:,} at most. Split it."
     return ApiError(413, message, "document_too_long")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A document and who makes its adapter: the one at work when it came, whom its adapter's id names."""
-
-    maker: _Maker
-    work: Internalization

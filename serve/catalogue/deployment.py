@@ -101,7 +101,7 @@ class CatalogueDeployment:
         self._uploads: dict[tuple[str, str], Upload] = {}
         self._limiters: dict[str, Limiter] = {}
         self._keys_file = Path(keys) if keys else None
-        self._keys_time = 0.0
+        self._keys_time: float | None = None
         self._keys: Keys | None = None
         await self._read_keys()
         self._tasks = [asyncio.create_task(self._for_ever(step)) for step in (self._write, self._tail, self._forget)]

@@ -7,13 +7,15 @@ salt or a slow hash would protect from guessing. Nor does looking a digest up te
 who does not have the key cannot choose digests.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,9 +82,15 @@ class Keys:
         """Replace the file at once, whole, readable by its owner only."""
         text = json.dumps({"keys": [to_dict(key) for key in self.by_id.values()]}, indent=2) + "\n"
         handle, name = tempfile.mkstemp(dir=Path(path).absolute().parent)
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
-        os.replace(name, path)
+        try:
+            with os.fdopen(handle, "w") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +108,29 @@ def add_key(config: AddKeyConfig) -> dict[str, Any]:
     """Make a key and add it to the file; its secret is in this report and nowhere else.
 
     Raises:
-        UserError: a bad tenant, or the file is not one of keys.
+        UserError: a bad tenant, or the file is not one of keys or cannot be written.
     """
     check_tenant(config.tenant)
-    keys = Keys.read(config.file) if Path(config.file).exists() else Keys()
     secret = _PREFIX + secrets.token_urlsafe(32)
     added = ApiKey(secrets.token_hex(4), _digest(secret), config.tenant, config.limits)
-    Keys([*keys.by_id.values(), added]).write(config.file)
+    try:
+        with _alone(Path(config.file).absolute().parent):
+            keys = Keys.read(config.file) if Path(config.file).exists() else Keys()
+            Keys([*keys.by_id.values(), added]).write(config.file)
+    except OSError as error:
+        raise UserError(f"{config.file}: cannot be written ({error.strerror}); no key was added") from error
     return {"id": added.id, "tenant": added.tenant, "key": secret}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One at a time: of two that add a key to what both have read, one key would be lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _digest(secret: str) -> str:

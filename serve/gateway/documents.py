@@ -5,6 +5,7 @@ one is answered with 202 at once; GET tells when it is ready, or why it is not.
 """
 
 import asyncio
+import contextvars
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +32,9 @@ from serve.gateway.backend import Backend
 from serve.gateway.model_names import document_model, shown
 from serve.gateway.models import MOST_LISTED, After, Limit, page
 from serve.gateway.protocol import Strict, Text
-from serve.internalizer import Internalization
+from serve.internalizer import LONG_CHARACTERS, Internalization
 
 DOCUMENTS = "/v1/documents"
-LONG_CHARACTERS = 20_000
-"""Longer documents are answered before they are ready."""
 _MOST_CHARACTERS = 4_000_000
 """Of a document: about a million tokens, the most that hypernetworks take by default."""
 _MOST_GOING_ON = 64
@@ -48,6 +47,8 @@ _MOST_LOSSES = 3
 """... how often at most where each try may have cost a replica ..."""
 _PAUSES_S = (1.0, 4.0, 15.0, 60.0)
 """... and the pauses between tries; the last again and again."""
+_CHARACTERS_PER_TOKEN = 4
+"""About, of a document whose tokens nobody has told."""
 _MOST_READ = 8
 """Files that wait for a gateway's reader at most."""
 _MULTIPART = "multipart/form-data"
@@ -221,16 +222,28 @@ class _Uploads:
         Raises:
             ApiError: it cannot be done.
         """
+        return await self._commit(await self._make(given, key), key, accepted)
+
+    async def _make(self, given: _Given, key: ApiKey) -> Event:
+        """The event of a document whose adapter is in the store; its tokens are charged."""
         self._check(given, key)
         backend = self._backend
         assert backend.internalizer is not None
-        long = len(given.text) > LONG_CHARACTERS
         try:
-            work = Internalization(key.tenant, given.doc_id, given.text, given.extractor, long)
+            work = Internalization(key.tenant, given.doc_id, given.text, given.extractor)
             event = await backend.internalizer.internalize.remote(work)
-            backend.charge(key, event.tokens)
-            return await backend.catalogue.commit.remote(event, key, accepted)
+        except asyncio.CancelledError:  # the client has gone, or it took too long; it is read all the same
+            backend.charge(key, len(given.text) // _CHARACTERS_PER_TOKEN)
+            raise
         except Exception as error:  # Serve would answer some of these itself, in a format of its own
+            raise as_api_error(error) from error
+        backend.charge(key, event.tokens)
+        return event
+
+    async def _commit(self, event: Event, key: ApiKey, accepted: datetime) -> Event:
+        try:
+            return await self._backend.catalogue.commit.remote(event, key, accepted)
+        except Exception as error:
             raise as_api_error(error) from error
 
     async def begin(self, given: _Given, key: ApiKey) -> dict[str, Any]:
@@ -239,11 +252,14 @@ class _Uploads:
         if len(self._running) >= _MOST_GOING_ON:
             raise ApiError(429, "Too many long documents are being read. Try again later.", "overloaded", 60)
         upload = Upload(key.tenant, given.doc_id, given.version, self._backend.directory.name)
-        accepted = asyncio.ensure_future(self._accepted(upload))
-        task = asyncio.create_task(self._go_on(given, key, accepted))
+        # If the client leaves, what it has sent is gone on with: in a context of its own, for Serve then cancels all
+        # calls that were made in the request's.
+        context = contextvars.Context()
+        accepted = asyncio.create_task(self._accepted(upload), context=context)
+        task = asyncio.create_task(self._go_on(given, key, accepted), context=context)
         self._running.add(task)
         task.add_done_callback(self._ended)
-        upload = await asyncio.shield(accepted)  # if the client leaves, what it has sent is gone on with
+        upload = await asyncio.shield(accepted)
         current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
         return _uploading(self._backend.alias, upload, current)
 
@@ -263,12 +279,14 @@ class _Uploads:
 
     async def _finish_at_last(self, given: _Given, key: ApiKey, upload: Upload) -> None:
         """As `finish`, but waits for what is only overloaded or out of reach: nobody else tries again."""
+        event = None
         end = time.monotonic() + _MOST_TRYING_S
         losses = 0
         for pause in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:
                 async with self._turns:  # else they would take the internalizers' queues from short ones
-                    await self.finish(given, key, upload.accepted)
+                    event = event or await self._make(given, key)
+                    await self._commit(event, key, upload.accepted)
                 return
             except ApiError as error:
                 waits = error.status == 429 or error.code == STORAGE_UNAVAILABLE
@@ -277,8 +295,15 @@ class _Uploads:
                     raise
                 logger.warning("an upload is tried again in %g s: %s", pause, error.message)
             await asyncio.sleep(pause)
-            if self._backend.directory.upload(key.tenant, given.doc_id) != upload:
-                return  # it was deleted meanwhile, or sent anew
+            if self._is_superseded(upload):
+                return
+
+    def _is_superseded(self, upload: Upload) -> bool:
+        """Whether the document was deleted meanwhile, or sent anew; a catalogue that began anew knows of no upload."""
+        directory = self._backend.directory
+        known = directory.upload(upload.tenant, upload.doc_id)
+        changed = directory.catalogue.changed_at(upload.tenant, upload.doc_id)
+        return bool(known and known.accepted > upload.accepted) or bool(changed and changed >= upload.accepted)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

@@ -1,9 +1,10 @@
 """Uploads at the gateway: bodies that do not come, files that take long, long documents while something is away."""
 
 import asyncio
+import contextvars
 import dataclasses
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -119,7 +120,9 @@ LOST = ApiError(503, "gone", "replica_unavailable")
         ([AWAY], 0, 1, "fail"),
         ([LOST, AWAY, LOST], 60, 4, "commit"),
         ([LOST] * 3, 60, 3, "fail"),
-        ([AWAY] * 3, 60, 2, "superseded"),
+        ([AWAY] * 3, 60, 2, "sent anew"),
+        ([AWAY] * 3, 60, 2, "deleted"),
+        ([AWAY] * 3, 60, 4, "commit"),
     ],
 )
 def test_a_long_document_waits_for_what_is_away(
@@ -132,11 +135,21 @@ def test_a_long_document_waits_for_what_is_away(
     internalize, commit, fail = Remote(event, *errors), Remote(event), Remote(None)
 
     class Known:
-        def upload(self, tenant: str, doc_id: str) -> Upload | None:
-            return None if end == "superseded" and internalize.calls == 2 else upload
+        """Of this upload nothing, as after the catalogue's restart."""
 
+        catalogue: Any
+
+        def upload(self, tenant: str, doc_id: str) -> Upload | None:
+            later = dataclasses.replace(upload, accepted=NOW + timedelta(seconds=1))
+            return later if end == "sent anew" and internalize.calls == 2 else None
+
+        def changed_at(self, tenant: str, doc_id: str) -> datetime | None:
+            return NOW if end == "deleted" and internalize.calls == 2 else None
+
+    known = Known()
+    known.catalogue = known
     deployments = Deployment(internalize=internalize), Deployment(commit=commit, fail=fail)
-    uploads = _Uploads(dataclasses.replace(backend(*deployments), directory=Known()))  # type: ignore[arg-type]
+    uploads = _Uploads(dataclasses.replace(backend(*deployments), directory=known))  # type: ignore[arg-type]
     uploads._check = lambda *_: None  # type: ignore[method-assign]
 
     async def main() -> None:
@@ -147,3 +160,51 @@ def test_a_long_document_waits_for_what_is_away(
     asyncio.run(main())
     assert internalize.calls == tries
     assert (commit.calls, fail.calls) == (end == "commit", end == "fail")
+
+
+def test_a_document_is_charged_once_however_often_its_commit_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_PAUSES_S", (0.0,))
+    upload = Upload("default", "doc", "v", "gateway", NOW)
+    internalize = Remote(Event("default", "doc", "v", "ready", tokens=7))
+    commit, charged = Remote(None, AWAY, AWAY), []
+    uploads = _Uploads(backend(Deployment(internalize=internalize), Deployment(commit=commit)))
+    uploads._check = lambda *_: None  # type: ignore[method-assign]
+    uploads._is_superseded = lambda *_: False  # type: ignore[method-assign]
+    monkeypatch.setattr(Backend, "charge", lambda self, key, tokens: charged.append(tokens))
+    asyncio.run(uploads._finish_at_last(_Given("doc", "text", ""), OPEN, upload))
+    assert (internalize.calls, commit.calls, charged) == (1, 3, [7])
+
+
+def test_a_client_that_leaves_pays_for_its_document_and_a_long_one_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve cancels what was called in the context of the client's request."""
+    request, seen, charged = contextvars.ContextVar("request", default="none"), [], []
+    monkeypatch.setattr(Backend, "charge", lambda self, key, tokens: charged.append(tokens))
+
+    class Waiting(Remote):
+        async def remote(self, *_: Any) -> Any:
+            seen.append(request.get())
+            await asyncio.sleep(60)
+
+    deployments = Deployment(internalize=Waiting(None)), Deployment(accept=Waiting(None))
+    known = Deployment(name="gateway")  # type: ignore[arg-type]
+    uploads = _Uploads(dataclasses.replace(backend(*deployments), directory=known))  # type: ignore[arg-type]
+    uploads._check = lambda *_: None  # type: ignore[method-assign]
+
+    async def main() -> None:
+        request.set("the client's")
+        for begun in (
+            uploads.finish(_Given("doc", "text" * 5, ""), OPEN, NOW),
+            uploads.begin(_Given("d", "t", ""), OPEN),
+        ):
+            task = asyncio.create_task(begun)
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not any(task.done() for task in uploads._running)
+
+    asyncio.run(main())
+    assert seen == ["the client's", "none"]
+    assert charged == [5]

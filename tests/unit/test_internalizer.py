@@ -12,7 +12,14 @@ from d2l.base_model import BaseModel
 from d2l.catalogue import Event
 from d2l.extract import TEXT
 from d2l.store import AdapterStore
-from serve.internalizer import Internalization, Internalizer
+from serve.internalizer import (
+    _BATCH_CHARACTERS,
+    LONG_CHARACTERS,
+    Internalization,
+    Internalizer,
+    _batch_size,
+    _Job,
+)
 from tests.conftest import tiny_hypernetwork
 
 
@@ -57,7 +64,7 @@ def test_another_hypernetwork_takes_over_between_documents(
     replica = Internalizer.func_or_class(str(tmp_path / "store"), tiny_llama.name, "cpu", "float32", None)
     # Short documents are batched by Serve, which has to run for that. A batch may have some of before and of after.
     monkeypatch.setattr(replica, "_together", batched(replica, 6))
-    work = [Internalization("acme", f"doc-{i}", f"Text number {i}.", TEXT, long=False) for i in range(3)]
+    work = [Internalization("acme", f"doc-{i}", f"Text number {i}.", TEXT) for i in range(3)]
 
     async def main() -> tuple[list[Event], list[Event]]:
         await replica.reconfigure({"hypernetwork": str(folders[0])})
@@ -79,7 +86,7 @@ def test_another_hypernetwork_takes_over_between_documents(
 
 
 def test_a_damaged_adapter_is_made_again(replica: Any, tmp_path: Path) -> None:
-    work = Internalization("acme", "doc", "A text.", TEXT, long=False)
+    work = Internalization("acme", "doc", "A text.", TEXT)
 
     async def main() -> None:
         event = await replica.internalize(work)
@@ -100,12 +107,22 @@ def test_a_short_document_does_not_wait_for_a_long_one(replica: Any, monkeypatch
         monkeypatch.setattr(
             replica._maker, "compute", lambda works: (works[0].long and going_on.wait(30), compute(works))[1]
         )
-        long = asyncio.create_task(replica.internalize(Internalization("acme", "long", "Long text.", TEXT, long=True)))
+        long = asyncio.create_task(replica.internalize(Internalization("acme", "long", "Long text. " * 2000, TEXT)))
         await asyncio.sleep(0.1)
-        short = Internalization("acme", "short", "A text.", TEXT, long=False)
+        short = Internalization("acme", "short", "A text.", TEXT)
         assert (await asyncio.wait_for(replica.internalize(short), 20)).doc_id == "short"
         assert not long.done()
         going_on.set()
         assert (await long).doc_id == "long"
 
     asyncio.run(main())
+
+
+def test_short_documents_that_are_read_together_are_bounded(replica: Any) -> None:
+    """The first of them waits for the last."""
+
+    def size(*lengths: int) -> int:
+        return _batch_size([_Job(replica._maker, Internalization("acme", "doc", "a" * n, TEXT)) for n in lengths])
+
+    assert size(LONG_CHARACTERS) < _BATCH_CHARACTERS < size(LONG_CHARACTERS, LONG_CHARACTERS, 1)
+    assert size(*[1] * 16) <= _BATCH_CHARACTERS < size(*[1] * 17)

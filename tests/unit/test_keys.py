@@ -2,6 +2,7 @@
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,16 @@ def test_requests_and_tokens_are_counted_apart() -> None:
     assert limiter.admit() == (0, "")
     assert limiter.admit()[1] == "requests"
     assert Limiter(Limits(), clock).admit() == (0, "")
+
+
+def test_a_key_that_cannot_be_kept_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere/keys\.json: cannot be written \(No such file or directory\)"):
+        add_key(AddKeyConfig(file=str(tmp_path / "nowhere/keys.json"), tenant="acme"))
+
+
+def test_of_keys_that_are_added_at_a_time_none_is_lost(tmp_path: Path) -> None:
+    config = AddKeyConfig(file=str(tmp_path / "keys.json"), tenant="acme")
+    with ThreadPoolExecutor(8) as pool:
+        added = list(pool.map(lambda _: add_key(config), range(16)))
+    assert set(Keys.read(config.file).by_id) == {key["id"] for key in added}
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.json"]
