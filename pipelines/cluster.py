@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 
 import ray
 import ray.data
@@ -45,11 +46,22 @@ def connect(worker_output: bool = True, here: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def machines() -> int:
+    """Machines of the cluster that processes run on; 1 without Ray."""
+    nodes = ray.nodes() if ray.is_initialized() else []
+    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in nodes))
+
+
 def on_each_machine(processes: int) -> int:
     """How many of a job's processes one machine has: Ray Data spreads its actors. Without Ray, all."""
-    nodes = ray.nodes() if ray.is_initialized() else []
-    machines = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in nodes)
-    return math.ceil(processes / max(1, machines))
+    return math.ceil(processes / machines())
+
+
+def tell_what_is_missing(**needed: float) -> None:
+    """Say on standard error what a job waits for that the cluster does not have (`CPU`, `GPU`); Ray only waits."""
+    for name, count in needed.items():
+        if count > (there := ray.cluster_resources().get(name, 0)):
+            print(f"needs {count:g} {name}s, and the cluster has {there:g}: waiting for more", file=sys.stderr)
 
 
 def share_cores(processes: int) -> None:

@@ -28,7 +28,8 @@ from d2l.storage import one_line
 
 matplotlib.use("Agg")
 _SQLITE = "sqlite:///"
-_DEFAULT_URI = os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"  # now: MLflow sets it to what it is told
+_HERE = f"{_SQLITE}mlflow.db"
+_DEFAULT_URI = os.environ.get("MLFLOW_TRACKING_URI") or _HERE  # now: MLflow sets the variable to what it is told
 _FLUSH_SECONDS = 5.0
 _MOST_PENDING = 100_000
 """Metrics kept for a server that does not answer; beyond, the oldest are lost."""
@@ -76,6 +77,11 @@ def open_run(config: TrackingConfig, name: str, parameters: Any, tags: dict[str,
         message = f"MLflow at {config.uri} cannot be used ({_reason(error)}); start it, or give --tracking.uri"
         raise UserError(_without_password(message)) from None
     return replace(config, run_id=run.info.run_id)
+
+
+def is_default(config: TrackingConfig) -> bool:
+    """Whether the record is a file that nobody named: this machine's."""
+    return not config.uri and _DEFAULT_URI == _HERE
 
 
 def _whole(uri: str) -> str:

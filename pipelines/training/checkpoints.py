@@ -77,6 +77,7 @@ class StepFolders:
     def _commit(self, local: tempfile.TemporaryDirectory, step: int, state: dict[str, Any]) -> None:
         with local as folder, reported(self.url(step)):
             name = _name(step)
+            self._unmark(name)  # of a run that was set back
             self._storage.filesystem.makedirs(self._storage.path(name), exist_ok=True)
             for path in Path(folder).iterdir():
                 self._storage.filesystem.put_file(str(path), self._storage.path(f"{name}/{path.name}"))
@@ -87,9 +88,12 @@ class StepFolders:
             for old in [*whole[: -self._keep], *broken]:
                 self._remove(_name(old))
 
-    def _remove(self, name: str) -> None:
+    def _unmark(self, name: str) -> None:
         with suppress(FileNotFoundError):
-            self._storage.filesystem.rm_file(self._storage.path(f"{name}/{MARK}"))  # first: half a folder is none
+            self._storage.filesystem.rm_file(self._storage.path(f"{name}/{MARK}"))
+
+    def _remove(self, name: str) -> None:
+        self._unmark(name)  # first: half a folder is none
         with suppress(FileNotFoundError):
             self._storage.filesystem.rm(self._storage.path(name), recursive=True)
 

@@ -7,7 +7,9 @@ same MLflow run, with as many workers as it is given.
 """
 
 import json
+import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -161,9 +163,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     init_from = Storage(config.init_from).root if config.init_from else None
     recipe = _anywhere(_with_config_of(init_from, config.recipe) if init_from else config.recipe)
     stages = open_stages(recipe)
-    record = _record(config, recipe, stages, storage)
-
     cluster.connect(worker_output=False)
+    if cluster.machines() > 1 and tracking.is_default(config.tracking):
+        raise UserError("several machines cannot write MLflow's default, a file of this one: give --tracking.uri")
+    record = _record(config, recipe, stages, storage, init_from)
     began = time.perf_counter()
     with tracking.closing(record) as client:
         folders = StepFolders(storage.root, CHECKPOINTS, config.keep_checkpoints)
@@ -182,10 +185,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 tracking=record,
                 board=board,
             )
-            metrics = _fit(config, loop, storage)
+            metrics, dtype = _fit(config, loop, storage)
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / _HYPERNETWORK
-            _finish(config, recipe, storage, metrics, local)
+            _finish(config, recipe, storage, metrics, dtype, local)
             recorded = False
             with tracking.forgiven("the results"):
                 client.log_artifacts(record.run_id, str(local), _HYPERNETWORK)
@@ -229,31 +232,35 @@ def _anywhere(recipe: Recipe) -> Recipe:
     return replace(recipe, stages=stages, base=absolute(recipe.base, BUNDLED_MODELS), **paths)
 
 
-def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storage: Storage) -> TrackingConfig:
+def _record(
+    config: TrainConfig, recipe: Recipe, stages: list[StageData], storage: Storage, init_from: str | None
+) -> TrackingConfig:
     """The MLflow run of this output folder: a new one, or that of the run that is continued.
 
     Raises:
-        UserError: the folder has the run of another recipe, or of other data.
+        UserError: the folder has the run of another recipe, of other data, or from other weights.
     """
     plain = to_dict(recipe)
     digests = {
         source.rows.what: source.rows.digest for stage in stages for source in stage.sources if hasattr(source, "rows")
     }
     run_id = ""
+    start = read_config(init_from)["fingerprint"] if init_from else "scratch"
     if storage.exists(_RUN_FILE):
         run = json.loads(storage.read(_RUN_FILE))
         there = _anywhere(from_dict(Recipe, run["recipe"], f"{storage.url(_RUN_FILE)}: recipe"))  # today's defaults
+        reason = ""
         if differing := sorted(_differences(to_dict(there), plain)):
-            raise UserError(
-                f"{storage.url()}: has a run of another recipe; it differs in {', '.join(differing[:8])}. "
-                "Give another --output, and --init-from to start from that run's weights"
-            )
-        if changed := sorted(what for what, digest in run.get("data", digests).items() if digests.get(what) != digest):
-            raise UserError(
-                f"{', '.join(changed)}: other files than when the run in {storage.url()} began, whose place in them is "
-                "lost. Bring them back, or give another --output, and --init-from to start from that run's weights"
-            )
-        run_id = run["mlflow_run"]
+            reason = f"has a run of another recipe; it differs in {', '.join(differing[:8])}"
+        elif changed := sorted(w for w, digest in run.get("data", digests).items() if digests.get(w) != digest):
+            reason = f"has a run of other files, whose place in them is lost: {', '.join(changed)}. Bring them back"
+        elif (other := run.get("init_from", start)) != start:
+            reason = f"has a run from other weights: from {other}, not {start}"
+        if not reason:
+            run_id = run["mlflow_run"]
+        elif StepFolders(storage.root, CHECKPOINTS, config.keep_checkpoints).latest() is not None:
+            also = "and --init-from to start from that run's weights"
+            raise UserError(f"{storage.url()}: {reason}. Give another --output, {also}")
     name = storage.root.rsplit("/", 1)[-1]
     opened = replace(config.tracking, run_id=run_id or config.tracking.run_id)
     tags = tracking.git_tags() | {f"data/{what}": digest for what, digest in digests.items()}
@@ -261,7 +268,7 @@ def _record(config: TrainConfig, recipe: Recipe, stages: list[StageData], storag
     if record.run_id != run_id:
         with tracking.forgiven("the recipe"):
             MlflowClient(record.uri).log_dict(record.run_id, plain, "recipe.json")
-        run = {"mlflow_run": record.run_id, "recipe": plain, "data": digests}
+        run = {"mlflow_run": record.run_id, "recipe": plain, "data": digests, "init_from": start}
         storage.replace(_RUN_FILE, json.dumps(run, indent=2).encode())
     return record
 
@@ -276,8 +283,13 @@ def _differences(left: Any, right: Any, name: str = "") -> list[str]:
     return [] if left == right else [name]
 
 
-def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> dict[str, float]:
-    """Run Ray Train; returns the last step's metrics."""
+def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> tuple[dict[str, float], str]:
+    """Run Ray Train; returns the last step's metrics, and the workers' dtype."""
+    teachers = config.data.teachers if any(stage.streams_teacher for stage in loop.stages) else 0
+    cluster.tell_what_is_missing(
+        CPU=config.workers * (1 + teachers) + 1,  # one to load with
+        GPU=config.workers * (config.gpus_per_worker + teachers * config.data.gpus_per_teacher),
+    )
     gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
     trainer = TorchTrainer(
         train_worker,
@@ -296,18 +308,25 @@ def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> dict[str, f
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    metrics = trainer.fit().return_value
-    if "stopped" in metrics:
-        raise UserError(metrics["stopped"])
-    return metrics
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        found = trainer.fit().return_value
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray Train leaves a handler of its own
+            signal.signal(signal.SIGINT, on_interrupt)
+    if "stopped" in found:
+        raise UserError(found["stopped"])
+    return found["metrics"], found["dtype"]
 
 
-def _finish(config: TrainConfig, recipe: Recipe, storage: Storage, metrics: dict[str, float], local: Path) -> None:
+def _finish(
+    config: TrainConfig, recipe: Recipe, storage: Storage, metrics: dict[str, float], dtype: str, local: Path
+) -> None:
     """Write the best weights, or without evaluation the last, to `local` and to the run's folder."""
     best, last = (StepFolders(storage.root, kind, keep=1) for kind in (BEST, CHECKPOINTS))
     step = best.latest()
     source = last.url(recipe.steps) if step is None else best.url(step)
-    base = load_base_model(recipe.base, "cpu", config.dtype)
+    base = load_base_model(recipe.base, "cpu", dtype)
     hypernetwork = Hypernetwork.from_pretrained(source, base, torch.float32)
     card = _card(base.name, config, recipe, metrics, recipe.steps if step is None else step)
     hypernetwork.save_pretrained(local, card, base.dtype)

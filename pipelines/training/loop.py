@@ -72,7 +72,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
     """Ray Train's function: trains to the end of the recipe from the newest checkpoint.
 
     Returns:
-        Metrics of the last step and evaluation; or `stopped`, why training gave up.
+        `metrics` of the last step and evaluation, and the base model's `dtype`; or `stopped`, why training gave up.
     """
     config = arguments["config"]
     recipe, context = config.recipe, ray.train.get_context()
@@ -91,7 +91,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
     scribe = _Scribe(config, base, learner, affixes, folders) if rank == 0 else None
     flops = _Flops()
     skipped: Counter[str] = Counter(state["skipped"])
-    bad_in_row, logged = 0, state.get("metrics", {})
+    bad_in_row, stopped, logged = 0, "", state.get("metrics", {})
     steps = iter(stream)
     for step in range(state["step"], recipe.steps):
         began = time.perf_counter()
@@ -123,7 +123,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
         if bad_in_row == _BAD_STEPS:
             # Not raised: a worker that fails is replaced, and would come to the same end.
             reason = f"{_BAD_STEPS} steps in a row without a finite gradient, the last at step {step + 1}"
-            logged = {"stopped": f"training diverged: {reason}; lower the learning rate"}
+            stopped = f"training diverged: {reason}; lower the learning rate"
             break
         last = step + 1 == recipe.steps
         evaluates = bool(config.evaluate_every) and ((step + 1) % config.evaluate_every == 0 or last)
@@ -135,7 +135,7 @@ def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
     stream.close()
     if scribe:
         scribe.close()
-    return logged
+    return {"stopped": stopped} if stopped else {"metrics": logged, "dtype": str(base.dtype).removeprefix("torch.")}
 
 
 def _resume(

@@ -1,6 +1,6 @@
 """Batches on their way to a training worker: Ray Data reads, makes, tokenises and packs them on CPUs beside it.
 
-    window numbers -> packed documents (actors) -> teacher's targets (actors, GPUs) -> collated (a thread of the worker)
+    window numbers -> packed documents (tasks) -> teacher's targets (actors, GPUs) -> collated (a thread of the worker)
 
 An optimizer step has one batch of each shard; a worker has an equal part of the shards, and one dataset for them, whose
 rows come in order. A shard's position is its window and the batches taken from it: all that a checkpoint needs.
@@ -172,6 +172,7 @@ class StepStream:
         They come in stretches, each made while the one before is learned from, the first ones short. No more are made
         ahead than `most` batches of each shard need.
         """
+        workers = self._recipe.batches_per_step // len(self._shards)
         made, size = min(position.window for position in positions.values()), 1
         enough = made + math.ceil(most / WINDOW_BATCHES)
 
@@ -180,7 +181,7 @@ class StepStream:
             stretch = range(made, made + size)
             made, size = made + size, min(2 * size, _STRETCH)
             places = [(shard, n) for n in stretch for shard in self._shards if n >= positions[shard].window]
-            return maker.submit(_make_stretch, stage, self._config, places)
+            return maker.submit(_make_stretch, stage, self._config, places, workers)
 
         maker = ThreadPoolExecutor(1, thread_name_prefix="windows")
         try:
@@ -195,19 +196,21 @@ class StepStream:
             maker.shutdown(wait=False, cancel_futures=True)
 
 
-def _make_stretch(stage: StageData, config: DataConfig, places: list[tuple[int, int]]) -> list[Any]:
+def _make_stretch(stage: StageData, config: DataConfig, places: list[tuple[int, int]], workers: int) -> list[Any]:
     """References to tables (shard, window, batches: pickled list[PackedBatch], Counter) of `places`, in order.
 
     The dataset runs to its end: one that waits until its rows are wanted keeps a core of its reader busy with waiting.
     """
+    processes = max(config.loaders, config.teachers) if stage.streams_teacher else config.loaders  # one to a block
     windows = ray.data.from_items(
         [{"shard": shard, "window": window} for shard, window in places],
-        override_num_blocks=min(config.loaders, len(places)),
+        override_num_blocks=min(processes, len(places)),
     ).map_batches(_make_windows, fn_kwargs={"stage": stage}, batch_size=None, num_cpus=1)
     if stage.streams_teacher:
         windows = windows.map_batches(
             _AddTargets,
-            fn_constructor_args=(stage.base, config.teachers),
+            # Ray does not hide GPUs from who has reserved none.
+            fn_constructor_args=(stage.base, "cuda" if config.gpus_per_teacher else "cpu", workers * config.teachers),
             batch_format="pyarrow",
             batch_size=1,
             compute=ActorPoolStrategy(size=config.teachers),
@@ -232,8 +235,8 @@ def _packed(shard: int, window: int, batches: list[PackedBatch], skipped: Counte
 class _AddTargets:
     """Adds the teacher's targets to documents that come with their text."""
 
-    def __init__(self, base: str, processes: int):
-        self.teacher = Teacher(base, processes=processes)
+    def __init__(self, base: str, device: str, processes: int):
+        self.teacher = Teacher(base, device, processes=processes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()

@@ -28,7 +28,9 @@ from d2l.storage import Storage
 from pipelines.recipes import OptimizerConfig, Recipe, Share, Stage
 from pipelines.tracking import TrackingConfig, registered
 from pipelines.training import job
+from pipelines.training.checkpoints import StepFolders
 from pipelines.training.job import TrainConfig, train
+from pipelines.training.loop import CHECKPOINTS
 from pipelines.training.stages import open_stages
 from pipelines.training.stream import StepStream
 from pipelines.training.tasks import NeedleTask, QuestionsTask, RepeatTask
@@ -254,15 +256,29 @@ def test_a_run_does_not_go_on_with_other_data(run, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(begun)
     write("1", "2")
-    with pytest.raises(UserError, match=r"/set: other files than when the run in .*/run began"):
+    with pytest.raises(KeyboardInterrupt):  # no step was taken, so nothing is in the way
         train(begun)
+    write("1")
+    checkpoints = StepFolders(begun.output, CHECKPOINTS, keep=1)
+    with checkpoints.writing(1, {}):
+        pass
+    checkpoints.wait()
+    with pytest.raises(UserError, match=r"/run: has a run of other files, whose place in them is lost: .*/set\."):
+        train(begun)
+
+
+def test_a_run_does_not_go_on_from_other_weights(run, report, tmp_path):
+    """Else the old result would be taken for the new one."""
+    weights = f"{run.output}/hypernetwork"
+    with pytest.raises(UserError, match=r"from other weights: from scratch, not [0-9a-f]{16}\. Give another --output"):
+        train(dataclasses.replace(run, init_from=weights))
 
 
 def test_what_mlflow_has_not_taken_is_not_registered(run, report, monkeypatch):
     def refused(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(job, "_fit", lambda *_: report["metrics"])  # nothing is left to do
+    monkeypatch.setattr(job, "_fit", lambda *_: (report["metrics"], "float32"))  # nothing is left to do
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifacts", refused)
         with pytest.raises(UserError, match="not registered, for MLflow did not take it"):
