@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fsspec
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
@@ -200,7 +201,7 @@ def reported(what: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
-    except (OSError, BotoCoreError) as error:
+    except (OSError, BotoCoreError, aiohttp.ClientError) as error:  # the last one of connections cut in mid-answer
         message = f"{what}: storage failed ({one_line(error)}); check space, permissions and endpoint"
         raise StorageError(message) from error
 

@@ -75,7 +75,8 @@ class AdapterStore:
             provenance = self.storage.read(f"{folder}/{PROVENANCE_FILE}")
         except FileNotFoundError:
             return None
-        size = sum(file.bytes for file in self.storage.files(folder) if file.name != _CLAIM)
+        files = (WEIGHTS_FILE, PROVENANCE_FILE, COMMIT_MARK)
+        size = sum(file.bytes for file in self.storage.files(folder) if file.name in files)
         try:
             origin, config = json.loads(provenance)["provenance"], json.loads(mark)
             return Stored(origin["tokens"], origin["chunks"], config["r"], size, config["base_model_name_or_path"])

@@ -7,11 +7,12 @@ from datetime import timedelta
 from itertools import islice
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
+from scipy.sparse import csr_array
 
 from d2l import vacuum as store_vacuum
 from d2l.catalogue import Catalogue, Event
-from d2l.embedding import Embedding
 from d2l.errors import UserError
 from d2l.store import AdapterStore
 from pipelines.cli import show as print_all
@@ -171,7 +172,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
             f"{config.hypernetwork}: made no adapter of these documents; `d2l catalogue history` tells which did"
         )
     if not config.dry_run:
-        embeddings = _embeddings(catalogue, config.tenant, {now.embedding_model for now, _ in moves} - {""})
+        embeddings = _embeddings(catalogue, config.tenant, [now for now, _ in moves])
         for start in range(0, len(moves), _COMMIT):
             catalogue.append([_again(*move, embeddings) for move in moves[start : start + _COMMIT]])
     return {
@@ -213,25 +214,32 @@ def print_report(report: dict[str, Any]) -> None:
     print_all(report)
 
 
-def _embeddings(catalogue: Catalogue, tenant: str, models: set[str]) -> dict[str, Embedding]:
-    """Document id -> embedding of its current text, by whichever of the models made it."""
-    embeddings: dict[str, Embedding] = {}
-    for model in models:
+_Place = tuple[np.ndarray, csr_array, int]
+"""Vectors, terms, and the row in both: as lists and dicts, those of a million documents would fill a machine."""
+
+
+def _embeddings(catalogue: Catalogue, tenant: str, wanted: list[Event]) -> dict[str, _Place]:
+    """Document id -> where the embedding of its current text is, by whichever model made it."""
+    names = {event.doc_id for event in wanted}
+    places: dict[str, _Place] = {}
+    for model in {event.embedding_model for event in wanted} - {""}:
         events, vectors, terms = catalogue.embeddings(tenant, model)
-        for number, event in enumerate(events):
-            own = slice(*terms.indptr[number : number + 2])
-            counts = dict(zip(terms.indices[own].tolist(), terms.data[own].tolist(), strict=True))
-            embeddings[event.doc_id] = Embedding(vectors[number].tolist(), counts)
-    return embeddings
+        places |= {e.doc_id: (vectors, terms, row) for row, e in enumerate(events) if e.doc_id in names}
+    return places
 
 
-def _again(now: Event, then: Event, embeddings: dict[str, Embedding]) -> Event:
+def _again(now: Event, then: Event, embeddings: dict[str, _Place]) -> Event:
     """An event that makes an earlier adapter current, with the embedding of the present one: the text is the same."""
-    about = embeddings.get(now.doc_id)
+    vector, counts = None, None
+    if now.doc_id in embeddings:
+        vectors, terms, row = embeddings[now.doc_id]
+        own = slice(*terms.indptr[row : row + 2])
+        vector = vectors[row].tolist()
+        counts = dict(zip(terms.indices[own].tolist(), terms.data[own].tolist(), strict=True))
     return dataclasses.replace(
         then,
-        embedding=about.vector if about else None,
-        terms=about.terms if about else None,
+        embedding=vector,
+        terms=counts,
         embedding_model=now.embedding_model,
         source_uri=now.source_uri,
         created_at=now.created_at + timedelta(microseconds=1),  # what has happened since then goes before this

@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if cause is None:
             raise
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error:[/] {escape(str(cause))}", markup=True
+            f"[bold red]error:[/] {escape(_visible(str(cause)))}", markup=True
         )
         sys.exit(1)
     if as_json:
@@ -259,9 +259,9 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             console.print(_table(key, value))
         elif isinstance(value, dict):
-            console.print(f"{key}: " + ", ".join(f"{k} {_text(v)}" for k, v in value.items()))
+            console.print(escape(f"{key}: " + ", ".join(f"{k} {_text(v)}" for k, v in value.items())))
         elif value not in ([], None):
-            console.print(f"{key}: {_text(value)}")
+            console.print(escape(f"{key}: {_text(value)}"))
 
 
 def _table(title: str, records: list[dict[str, Any]]) -> Table:
@@ -275,9 +275,14 @@ def _table(title: str, records: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _visible(text: str) -> str:
+    """Without what could command a terminal: names of files may come from anybody."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return _visible(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

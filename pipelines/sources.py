@@ -12,6 +12,7 @@ tables are read ahead of their texts. Driver memory grows with the number of doc
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -92,8 +93,9 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
     seen: set[str] = set()
     ignored = 0
     for source in sources:
-        root, files = find_files(source)
+        root, files, unlisted = find_files(source)
         storage = Storage(root)
+        failures += [failure(name, storage.url(name), "list", reason) for name, reason in unlisted.items()]
         tables, files = split_tables(storage, files)
         for url in sorted(set(tables) - seen):
             seen.add(url)
@@ -180,32 +182,58 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def find_files(source: str) -> tuple[str, dict[str, int]]:
-    """Root of a source, and its files' names below it with their sizes.
+def find_files(source: str) -> tuple[str, dict[str, int], dict[str, str]]:
+    """Root of a source; its files' names below it, with their sizes; and folders that cannot be listed, with why.
+
+    Names of folders end with a slash.
 
     Raises:
         UserError: it does not exist, or is a file of an unknown kind.
     """
     storage = Storage(source)
     filesystem, path = storage.filesystem, storage.path()
+    unlisted: list[OSError] = []
     with reported(source):
-        if filesystem.isdir(path):
-            root, found = storage.root, filesystem.find(path, detail=True)
+        if filesystem.isdir(path) and storage.is_local:
+            root, found = storage.root, _local_files(path, unlisted)
+        elif filesystem.isdir(path):
+            root, found = storage.root, _sizes(filesystem.find(path, detail=True))
         elif filesystem.isfile(path):
-            root, found = _parent(storage.root), {path: filesystem.info(path)}
+            root, found = _parent(storage.root), _sizes({path: filesystem.info(path)})
             if PurePosixPath(path).suffix.lower() not in KINDS:
                 raise UserError(f"{source}: unknown kind of file; give {', '.join(KINDS)}, or a folder of them")
         elif has_magic(path):
-            found = {p: i for p, i in filesystem.glob(path, detail=True).items() if i["type"] == "file"}
+            infos = filesystem.glob(path, detail=True)
+            other = [p for p, info in infos.items() if info["type"] not in ("file", "directory")]
+            files = {p: info for p, info in infos.items() if info["type"] == "file"}
+            found = _sizes(files | {p: infos[p] for p in other if filesystem.isfile(p)})  # links to files
             root = storage.root
             while has_magic(root):
                 root = _parent(root)
         else:
             found = {}
-    if not found:
+    if not found and not unlisted:
         raise UserError(f"{source}: no such file, or an empty folder")
     prefix = Storage(root).path().rstrip("/") + "/"
-    return root, {p.removeprefix(prefix): int(info.get("size") or 0) for p, info in found.items()}
+    folders = {f"{error.filename}/".removeprefix(prefix): f"cannot be listed ({one_line(error)})" for error in unlisted}
+    return root, {p.removeprefix(prefix): size for p, size in found.items()}, folders
+
+
+def _sizes(infos: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {path: int(info.get("size") or 0) for path, info in infos.items()}
+
+
+def _local_files(path: str, unlisted: list[OSError]) -> dict[str, int]:
+    """Files of a folder with their sizes; fsspec leaves out folders that cannot be listed, and says nothing."""
+    found = {}
+    for folder, folders, names in os.walk(path, onerror=unlisted.append):
+        for place in (os.path.join(folder, name) for name in (*names, *folders)):
+            if os.path.islink(place) or not os.path.isdir(place):  # links to folders are not followed, but counted
+                try:
+                    found[place] = os.stat(place).st_size
+                except OSError:  # it is read all the same, to know why not
+                    found[place] = 0
+    return found
 
 
 def split_tables(storage: Storage, files: dict[str, int]) -> tuple[list[str], dict[str, int]]:

@@ -197,6 +197,11 @@ class Converter:
         """The hypernetwork on its base model."""
         config = self.config
         model = DocToLora.from_pretrained(config.hypernetwork, config.base, self.device, self.dtype, config.internalize)
+        found, expected = model.hypernetwork.fingerprint(), self.checkpoint.fingerprint
+        if found != expected:
+            raise UserError(
+                f"{config.hypernetwork}: is {found} now, and was {expected} when the job began: start it again"
+            )
         return model.internalizer
 
     @cached_property

@@ -30,13 +30,14 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Annotated, Any
 
 import tyro
 
 from d2l.catalogue import Catalogue, Event
 from d2l.errors import UserError
-from d2l.storage import Storage
+from d2l.storage import Storage, reported
 from pipelines import cluster, tracking
 from pipelines.convert.actor import ConversionConfig, convert, failed, result
 from pipelines.convert.journal import Journal, results
@@ -80,6 +81,8 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     config = config.checked()
     folders = [_folder(source) for source in config.documents] if config.sync else []
     catalogue = Catalogue(config.store)
+    # As it was before the folders were listed: what another job or an upload adds meanwhile has not vanished.
+    before = [*catalogue.current(config.tenant), *_failures(catalogue, config.tenant)] if folders else []
     cluster.connect()
     listing = list_documents(config.documents, config.sources)
     if listing.ignored:
@@ -108,7 +111,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
             if listing.parts:
                 for rows in results(convert(read_documents(listing, config.sources), config)):
                     add(rows)
-            journal.add(_vanished(catalogue.current(config.tenant), folders, seen))
+            journal.add(_vanished(before, folders, seen))
         finally:
             journal.commit()
             report = journal.report()
@@ -127,17 +130,25 @@ def _figures(report: dict[str, Any]) -> dict[str, float]:
 
 def _folder(source: str) -> str:
     storage = Storage(source)
-    if not storage.filesystem.isdir(storage.path()):
+    with reported(source):
+        is_folder = storage.filesystem.isdir(storage.path())
+    if not is_folder:
         raise UserError(f"{source}: --sync compares whole folders with the catalogue; give folders, no files or globs")
     return storage.root.rstrip("/") + "/"
 
 
+def _failures(catalogue: Catalogue, tenant: str) -> list[Event]:
+    """Of documents that have no adapter."""
+    return [event for event in catalogue.failures(tenant) if catalogue.resolve(tenant, event.doc_id) is None]
+
+
 class _Seen:
-    """The documents that are there, and the files of which a part could not be read."""
+    """The documents that are there, the files of which a part could not be read, and folders that were not listed."""
 
     def __init__(self) -> None:
         self.doc_ids: set[str] = set()
         self.damaged: set[str] = set()
+        self.unlisted: set[str] = set()
         self._places: dict[str, str] = {}
 
     def has(self, event: Event) -> bool:
@@ -146,29 +157,34 @@ class _Seen:
         ids = sorted((event.doc_id, there or ""), key=len)
         return event.doc_id in self.doc_ids or (bool(there) and ids[1].endswith(f"/{ids[0]}"))
 
+    def is_doubtful(self, event: Event) -> bool:
+        """Whether nobody knows if a document is there still: its file or folder could not be read."""
+        file = _file(event.source_uri)
+        return file in self.damaged or any(file.startswith(f"{folder}/") for folder in self.unlisted)
+
     def add(self, rows: list[Row]) -> None:
         self.doc_ids.update(row["doc_id"] for row in rows)
         self._places.update((row["source_uri"], row["doc_id"]) for row in rows)
-        self.damaged.update(_file(row["source_uri"]) for row in rows if row["event"] == "failed")
+        failed = [_file(row["source_uri"]) for row in rows if row["event"] == "failed"]
+        self.damaged.update(failed)
+        self.unlisted.update(file.rstrip("/") for file in failed if file.endswith("/"))
 
 
 def _file(source_uri: str) -> str:
     return source_uri.rpartition("#")[0] or source_uri
 
 
-def _vanished(current: Iterable[Event], folders: list[str], seen: _Seen) -> list[Row]:
-    """Deletions of current documents that came from the folders and are there no more.
+def _vanished(before: Iterable[Event], folders: list[str], seen: _Seen) -> list[Row]:
+    """Deletions of documents that came from the folders and are there no more.
 
     Of a file that could be read only in part, nobody knows what has vanished: its documents stay.
     """
+    names = ("doc_id", "version", "adapter_id", "hypernetwork", "source_uri")
     return [
-        result(
-            {name: getattr(event, name) for name in ("doc_id", "version", "adapter_id", "hypernetwork", "source_uri")},
-            "deleted",
-            event.tenant,
-        )
-        for event in current
+        result({name: getattr(event, name) for name in names}, "deleted", event.tenant)
+        | {"created_at": event.created_at + timedelta(microseconds=1)}  # what has happened since then goes before this
+        for event in before
         if not seen.has(event)
         and any(event.source_uri.startswith(folder) for folder in folders)
-        and _file(event.source_uri) not in seen.damaged
+        and not seen.is_doubtful(event)
     ]

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from ray.data import Dataset
@@ -63,9 +63,8 @@ class Journal:
         if current is None or current.adapter_id != row["adapter_id"]:  # it was deleted or changed meanwhile
             return None
         made = {name: row[name] for name in ("embedding", "terms", "embedding_model")}
-        # Later than what it adds to even if the clock of who wrote that is ahead of this one.
-        now = max(datetime.now(UTC), current.created_at + timedelta(microseconds=1))
-        return dataclasses.replace(current, **made, created_at=now)
+        # What has happened since then, and is not seen here yet, goes before this.
+        return dataclasses.replace(current, **made, created_at=current.created_at + timedelta(microseconds=1))
 
     def _is_known(self, row: Row) -> bool:
         """Whether a document has failed as it did the last time: a daily job must not fill the catalogue."""

@@ -96,8 +96,10 @@ def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[Sou
     seen: set[str] = set()
     ignored = 0
     for source in sources:
-        root, files = find_files(source)
+        root, files, unlisted = find_files(source)
         storage = Storage(root)
+        for name, reason in unlisted.items():
+            raise UserError(f"{storage.url(name)}: {reason}")
         tables, files = split_tables(storage, files)
         for url in sorted(set(tables) - seen):
             seen.add(url)

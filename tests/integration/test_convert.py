@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -264,7 +265,8 @@ def test_sync_deletes_what_has_vanished(hypernetwork: Path, tmp_path: Path) -> N
     assert set(current(store)) == set(TEXTS) - {"harbour.txt"} | {"a", "b", "c", "other.txt"}
     write(docs, {"rows.jsonl": lines.splitlines()[0]})
     report = run([docs], store, hypernetwork, sync=True)
-    assert (*summary(report), report["deleted"]) == (3, 0, 3, 0, 2)
+    assert (*summary(report), report["deleted"]) == (3, 0, 3, 0, 3)  # the line that could not be read, too
+    assert not list(Catalogue(store).failures("default"))
     assert set(current(store)) == set(TEXTS) - {"harbour.txt"} | {"a", "other.txt"}
     with pytest.raises(UserError, match="give folders"):
         run([docs / "rows.jsonl"], store, hypernetwork, sync=True)
@@ -286,6 +288,64 @@ def test_sync_of_a_folder_further_down_deletes_nothing_that_is_there(hypernetwor
     run([docs], store, hypernetwork)
     assert run([docs / "deep"], store, hypernetwork, sync=True)["deleted"] == 0
     assert set(current(store)) == {*TEXTS, "er/model.md"}
+
+
+def test_sync_deletes_nothing_of_a_folder_that_cannot_be_listed(
+    hypernetwork: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, docs = str(tmp_path / "store"), write(tmp_path / "docs", TEXTS)
+    run([docs], store, hypernetwork)
+    (docs / "harbour.txt").unlink()
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("docs/deep/er"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused)
+        report = run([docs], store, hypernetwork, sync=True)
+    assert report["failures"] == [
+        {"doc_id": "deep/er/", "stage": "list", "reason": "cannot be listed (Permission denied)"}
+    ]
+    assert report["deleted"] == 1
+    assert set(current(store)) == set(TEXTS) - {"harbour.txt"}
+    assert run([docs], store, hypernetwork, sync=True)["deleted"] == 1  # the failure
+    assert set(current(store)) == set(TEXTS) - {"harbour.txt"}
+
+
+def test_sync_leaves_what_others_add_meanwhile(
+    hypernetwork: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job has listed later; and an upload of a document whose file is gone."""
+    store, docs = str(tmp_path / "store"), write(tmp_path / "docs", TEXTS)
+    run([docs], store, hypernetwork)
+    (docs / "harbour.txt").unlink()
+
+    def overtaken(*arguments: Any) -> Any:
+        listing = list_documents(*arguments)
+        write(docs, {"new.txt": "A new text."})
+        monkeypatch.undo()
+        run([docs], store, hypernetwork)
+        old = Catalogue(store).resolve("default", "harbour.txt")
+        assert old
+        Catalogue(store).append([dataclasses.replace(old, created_at=datetime.now(UTC), source_uri="")])
+        return listing
+
+    monkeypatch.setattr("pipelines.convert.job.list_documents", overtaken)
+    assert run([docs], store, hypernetwork, sync=True)["deleted"] == 1
+    assert set(current(store)) == {*TEXTS, "new.txt"}
+
+
+def test_a_hypernetwork_that_changes_under_a_job_ends_it(hypernetwork: Path, tmp_path: Path) -> None:
+    """Its adapters would be taken for the other one's, for good."""
+    config = ConversionConfig(store=str(tmp_path), hypernetwork=str(hypernetwork), embedding="none").checked()
+    before = dataclasses.replace(Checkpoint.of(str(hypernetwork)), fingerprint="0123456789abcdef")
+    converter = Converter(config, before, ray.put(np.array([], dtype="S24")))
+    (row,) = converter(pa.table({"doc_id": ["a"], "text": ["A text."]})).to_pylist()
+    assert row["event"] == "abort"
+    assert "was 0123456789abcdef when the job began" in row["reason"]
 
 
 def test_sync_of_a_delta_table(hypernetwork: Path, tmp_path: Path) -> None:

@@ -93,3 +93,11 @@ def test_reports_are_shown_as_lines_and_tables(capsys):
     assert "ratio: 0.1235" in shown
     assert "[a]" in shown
     assert "rank16: none 2" in shown
+
+
+def test_what_documents_are_called_is_shown_as_it_is_and_commands_no_terminal(capsys):
+    cli.show({"doc_id": "report [draft] [/b].txt", "kinds": {"[red]": "a\x1b]0;title\x07"}, "lines": "one\ntwo"})
+    shown = capsys.readouterr().out
+    assert "doc_id: report [draft] [/b].txt" in shown
+    assert "[red] a\\x1b]0;title\\x07" in shown
+    assert "one\ntwo" in shown

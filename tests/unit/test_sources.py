@@ -89,3 +89,16 @@ def test_files_whose_names_are_no_text_are_failures_unread(tmp_path: Path) -> No
     assert listing.documents == 5
     everything = list_documents([str(tmp_path / os.fsdecode(b"f\xe9"))], SourceConfig())
     assert [row["source_uri"] for row in everything.failures] == [f"{tmp_path}/f\\udce9/a.txt"]
+
+
+def test_links_to_files_are_files_however_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/a.txt").write_text("A text.")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/link.txt").symlink_to(tmp_path / "there/a.txt")
+    (tmp_path / "docs/folder.txt").symlink_to(tmp_path / "there")
+    for source, ignored in (("docs", 0), ("docs/*.txt", 0), ("docs/link.txt", 0)):
+        listing = list_documents([str(tmp_path / source)], SourceConfig())
+        (part,) = listing.parts
+        assert "link.txt" in part.names
+        assert listing.ignored == ignored
