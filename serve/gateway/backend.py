@@ -63,7 +63,7 @@ class Backend:
                 yield
         except TimeoutError:
             cancel(calls)
-            message = f"No complete answer within {self.timeout_s:g} s. Lower max_tokens, or try again later."
+            message = f"No complete answer within {self.timeout_s:g} s. Ask for less, or try again later."
             raise ApiError(504, message, "timeout") from None
         except Exception as error:  # Serve would answer some of these itself, in a format of its own
             cancel(calls)
