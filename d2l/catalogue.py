@@ -98,7 +98,8 @@ class Event:
     source_uri: str = ""
     """Where the document came from."""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    """When it happened."""
+    """When it happened; of what is only said afterwards (`--sync`, a new embedding, a promotion), right after what it
+    is said of, so that whatever else has happened since is the last."""
 
     @property
     def order(self) -> tuple[datetime, str]:

@@ -212,6 +212,9 @@ def find_files(source: str) -> tuple[str, dict[str, int], dict[str, str]]:
                 root = _parent(root)
         else:
             found = {}
+    for error in unlisted:
+        if error.filename == path:
+            raise UserError(f"{source}: cannot be listed ({one_line(error)})")
     if not found and not unlisted:
         raise UserError(f"{source}: no such file, or an empty folder")
     prefix = Storage(root).path().rstrip("/") + "/"

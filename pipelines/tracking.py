@@ -40,7 +40,8 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     uri: str = ""
-    """MLflow tracking URI; by default `$MLFLOW_TRACKING_URI`, or without it sqlite:///mlflow.db. It may name a user and
+    """MLflow tracking URI; by default `$MLFLOW_TRACKING_URI`, or without it sqlite:///mlflow.db, which
+    training on several machines cannot use. It may name a user and
     a password: it is neither recorded nor printed with them."""
     experiment: str = "doc-to-lora"
     """MLflow experiment."""

@@ -256,7 +256,7 @@ def run(config: ServeConfig, blocking: bool = True) -> None:
     if config.keys:
         Keys.read(config.keys)
     address = os.environ.get("RAY_ADDRESS") or "local"  # not whatever other cluster this machine runs
-    if address == "local":  # a cluster's Serve may listen there already
+    if address == "local" or ray.is_initialized():  # a cluster's Serve may listen there already
         _check_port(config)
     with ExitStack() as cleanup:
         if not ray.is_initialized():

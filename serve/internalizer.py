@@ -7,6 +7,7 @@ what has begun with the one before is finished with it.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,10 @@ from serve.errors import ApiError, adapter_error, storage_error
 LONG_CHARACTERS = 20_000
 """Longer documents are read by themselves, and answered before they are ready."""
 _BATCH_WAIT_S = 0.02
-_BATCH_CHARACTERS = 2 * LONG_CHARACTERS
-"""Of short documents that are ready together, for the first of them waits for the last."""
-_BATCH_DOCUMENTS = 16
-"""At most: their adapters are in memory until they are stored."""
+_BATCH = 16
+"""Short documents that are read together at most, for their adapters are in memory until they are stored ..."""
+_SHORT_CHARACTERS = 2500
+"""... and fewer that are longer than this, for the first of them waits for the last."""
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 logger = logging.getLogger("ray.serve")
@@ -64,7 +65,7 @@ class _Job:
 
 
 def _batch_size(jobs: Sequence[_Job]) -> int:
-    return sum(max(len(job.work.text), _BATCH_CHARACTERS // _BATCH_DOCUMENTS) for job in jobs)
+    return sum(max(1, math.ceil(len(job.work.text) / _SHORT_CHARACTERS)) for job in jobs)
 
 
 @serve.deployment
@@ -189,7 +190,7 @@ class Internalizer:
             async with self._computing[work.long]:
                 return (await asyncio.to_thread(self._embedder, [work.text]))[0]
 
-    @serve.batch(max_batch_size=_BATCH_CHARACTERS, batch_wait_timeout_s=_BATCH_WAIT_S, batch_size_fn=_batch_size)
+    @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_WAIT_S, batch_size_fn=_batch_size)
     async def _together(self, jobs: list[_Job]) -> list[Adapter | UserError]:
         return await self._compute(jobs)
 

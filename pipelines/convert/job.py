@@ -82,7 +82,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     folders = [_folder(source) for source in config.documents] if config.sync else []
     catalogue = Catalogue(config.store)
     # As it was before the folders were listed: what another job or an upload adds meanwhile has not vanished.
-    before = [*catalogue.current(config.tenant), *_failures(catalogue, config.tenant)] if folders else []
+    before = _last_events(catalogue, config.tenant) if folders else []
     cluster.connect()
     listing = list_documents(config.documents, config.sources)
     if listing.ignored:
@@ -137,9 +137,14 @@ def _folder(source: str) -> str:
     return storage.root.rstrip("/") + "/"
 
 
-def _failures(catalogue: Catalogue, tenant: str) -> list[Event]:
-    """Of documents that have no adapter."""
-    return [event for event in catalogue.failures(tenant) if catalogue.resolve(tenant, event.doc_id) is None]
+def _last_events(catalogue: Catalogue, tenant: str) -> list[Event]:
+    """Each document's current adapter, or failure; dated by the last thing that happened to it."""
+    failures = {event.doc_id: event for event in catalogue.failures(tenant)}
+    current = []
+    for event in catalogue.current(tenant):
+        later = failures.pop(event.doc_id, event)  # it failed since
+        current.append(event if later is event else dataclasses.replace(event, created_at=later.created_at))
+    return [*current, *failures.values()]
 
 
 class _Seen:
@@ -160,14 +165,13 @@ class _Seen:
     def is_doubtful(self, event: Event) -> bool:
         """Whether nobody knows if a document is there still: its file or folder could not be read."""
         file = _file(event.source_uri)
-        return file in self.damaged or any(file.startswith(f"{folder}/") for folder in self.unlisted)
+        return file in self.damaged or file.startswith(tuple(self.unlisted))
 
     def add(self, rows: list[Row]) -> None:
         self.doc_ids.update(row["doc_id"] for row in rows)
         self._places.update((row["source_uri"], row["doc_id"]) for row in rows)
-        failed = [_file(row["source_uri"]) for row in rows if row["event"] == "failed"]
-        self.damaged.update(failed)
-        self.unlisted.update(file.rstrip("/") for file in failed if file.endswith("/"))
+        self.damaged.update(_file(row["source_uri"]) for row in rows if row["event"] == "failed")
+        self.unlisted.update(uri for row in rows if (uri := row["source_uri"]).endswith("/"))
 
 
 def _file(source_uri: str) -> str:

@@ -253,14 +253,15 @@ def _record(
         if differing := sorted(_differences(to_dict(there), plain)):
             reason = f"has a run of another recipe; it differs in {', '.join(differing[:8])}"
         elif changed := sorted(w for w, digest in run.get("data", digests).items() if digests.get(w) != digest):
-            reason = f"has a run of other files, whose place in them is lost: {', '.join(changed)}. Bring them back"
+            reason = f"has a run of other files, whose place in them is lost: {', '.join(changed)}"
         elif (other := run.get("init_from", start)) != start:
-            reason = f"has a run from other weights: from {other}, not {start}"
+            reason = f"has a run from other weights: from {other}, not {start} ({init_from or 'no --init-from'})"
         if not reason:
             run_id = run["mlflow_run"]
-        elif StepFolders(storage.root, CHECKPOINTS, config.keep_checkpoints).latest() is not None:
-            also = "and --init-from to start from that run's weights"
-            raise UserError(f"{storage.url()}: {reason}. Give another --output, {also}")
+        elif _has_weights(storage):
+            raise UserError(
+                f"{storage.url()}: {reason}. Give another --output, and --init-from to start from that run's weights"
+            )
     name = storage.root.rsplit("/", 1)[-1]
     opened = replace(config.tracking, run_id=run_id or config.tracking.run_id)
     tags = tracking.git_tags() | {f"data/{what}": digest for what, digest in digests.items()}
@@ -271,6 +272,12 @@ def _record(
         run = {"mlflow_run": record.run_id, "recipe": plain, "data": digests, "init_from": start}
         storage.replace(_RUN_FILE, json.dumps(run, indent=2).encode())
     return record
+
+
+def _has_weights(storage: Storage) -> bool:
+    """Whether a run has come so far that there is something to lose, or to take for another's."""
+    kept = (StepFolders(storage.root, kind, keep=1).latest() for kind in (CHECKPOINTS, BEST))
+    return any(step is not None for step in kept) or storage.exists(f"{_HYPERNETWORK}/config.json")
 
 
 def _differences(left: Any, right: Any, name: str = "") -> list[str]:

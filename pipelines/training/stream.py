@@ -41,7 +41,8 @@ class DataConfig:
     """Resources of the data pipeline; every training worker has one."""
 
     loaders: int = 1
-    """Processes that read, make, tokenise and pack documents, for each training worker."""
+    """Processes that read, make, tokenise and pack documents, for each training worker; as many as its teachers, or
+    more."""
     teachers: int = 1
     """Teacher processes for each training worker, where a task streams the teacher's log-probabilities."""
     gpus_per_teacher: float = 0

@@ -1,4 +1,4 @@
-"""What gateways ask of engines; apart from them, for gateways do without the code that runs models."""
+"""What gateways ask of engines; apart from them, for gateways do without their code, and start sooner."""
 
 import time
 from dataclasses import dataclass, field

@@ -1,6 +1,7 @@
 """What the routes of the gateway have in common: who is asking, and what answers."""
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class Backend:
     def charge(self, key: ApiKey, tokens: int) -> None:
         """Count what a request has used; nobody waits for it."""
         if tokens and key.limits.tokens_per_minute is not None:
-            self.catalogue.charge.remote(key, tokens)
+            # In a context of its own: what was called in a request's, Serve cancels when the client leaves.
+            contextvars.Context().run(self.catalogue.charge.remote, key, tokens)
 
 
 def cancel(calls: Iterable[DeploymentResponse | DeploymentResponseGenerator]) -> None:

@@ -232,7 +232,7 @@ class _Uploads:
         try:
             work = Internalization(key.tenant, given.doc_id, given.text, given.extractor)
             event = await backend.internalizer.internalize.remote(work)
-        except asyncio.CancelledError:  # the client has gone, or it took too long; it is read all the same
+        except asyncio.CancelledError:  # the client has gone, or it took too long; it may be read all the same
             backend.charge(key, len(given.text) // _CHARACTERS_PER_TOKEN)
             raise
         except Exception as error:  # Serve would answer some of these itself, in a format of its own

@@ -270,7 +270,7 @@ def test_a_run_does_not_go_on_with_other_data(run, tmp_path, monkeypatch):
 def test_a_run_does_not_go_on_from_other_weights(run, report, tmp_path):
     """Else the old result would be taken for the new one."""
     weights = f"{run.output}/hypernetwork"
-    with pytest.raises(UserError, match=r"from other weights: from scratch, not [0-9a-f]{16}\. Give another --output"):
+    with pytest.raises(UserError, match=r"from scratch, not [0-9a-f]{16} \(.*hypernetwork\)\. Give another"):
         train(dataclasses.replace(run, init_from=weights))
 
 

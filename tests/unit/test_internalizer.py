@@ -13,7 +13,7 @@ from d2l.catalogue import Event
 from d2l.extract import TEXT
 from d2l.store import AdapterStore
 from serve.internalizer import (
-    _BATCH_CHARACTERS,
+    _BATCH,
     LONG_CHARACTERS,
     Internalization,
     Internalizer,
@@ -124,5 +124,5 @@ def test_short_documents_that_are_read_together_are_bounded(replica: Any) -> Non
     def size(*lengths: int) -> int:
         return _batch_size([_Job(replica._maker, Internalization("acme", "doc", "a" * n, TEXT)) for n in lengths])
 
-    assert size(LONG_CHARACTERS) < _BATCH_CHARACTERS < size(LONG_CHARACTERS, LONG_CHARACTERS, 1)
-    assert size(*[1] * 16) <= _BATCH_CHARACTERS < size(*[1] * 17)
+    assert size(LONG_CHARACTERS) < _BATCH < size(LONG_CHARACTERS, LONG_CHARACTERS, 1)
+    assert size(*[1] * 16) == _BATCH
