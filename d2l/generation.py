@@ -13,6 +13,8 @@ from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.injection import inject, place_rows
 
+_SMALLEST = 1e-20
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -32,6 +34,9 @@ class SamplingConfig:
             raise UserError(f"temperature must be in 0..2, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
+        # Logits are float32, whose smallest numbers are larger than Python's: dividing by less would give infinities.
+        object.__setattr__(self, "temperature", self.temperature and max(self.temperature, _SMALLEST))
+        object.__setattr__(self, "top_p", max(self.top_p, _SMALLEST))
 
 
 @torch.no_grad()

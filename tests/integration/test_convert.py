@@ -313,20 +313,6 @@ def test_sync_deletes_nothing_of_a_folder_that_cannot_be_listed(
     ]
     assert report["deleted"] == 1
     assert set(current(store)) == set(TEXTS) - {"harbour.txt"}
-    assert run([docs], store, hypernetwork, sync=True)["deleted"] == 1  # the failure
-    assert set(current(store)) == set(TEXTS) - {"harbour.txt"}
-
-
-def test_sync_forgets_what_failed_last_and_has_vanished(hypernetwork: Path, tmp_path: Path) -> None:
-    store, docs = str(tmp_path / "store"), write(tmp_path / "docs", TEXTS)
-    run([docs], store, hypernetwork)
-    write(docs, {"harbour.txt": b"", "#1.txt": b""})
-    assert run([docs], store, hypernetwork)["failed"] == 2
-    (docs / "harbour.txt").unlink()
-    assert run([docs], store, hypernetwork, sync=True)["deleted"] == 1
-    assert set(current(store)) == set(TEXTS) - {"harbour.txt"}
-    assert [event.doc_id for event in Catalogue(store).failures("default")] == ["#1.txt"]
-    assert run([docs], store, hypernetwork, sync=True)["deleted"] == 0
 
 
 def test_sync_leaves_what_others_add_meanwhile(

@@ -253,3 +253,5 @@ def test_sampling_draws_from_what_transformers_leaves(tokens: int, sharpness: fl
     found_V = drawn.bincount(minlength=tokens) / len(drawn)
     assert (expected_V[drawn] > 0).all()
     torch.testing.assert_close(found_V, expected_V, atol=0.04, rtol=0)
+    for least in (SamplingConfig(1, temperature=2.0, top_p=5e-324), SamplingConfig(1, temperature=5e-324, top_p=0.9)):
+        assert sample(logits_V, least, random) == logits_V.argmax()

@@ -86,6 +86,7 @@ def test_sampling_is_seeded_and_follows_temperature_and_top_p(tiny_llama: BaseMo
     assert greedy == sample(1, 0.0)
     assert sample(0, 1.5) == sample(0, 1.5) != sample(1, 1.5)
     assert sample(0, 2.0, top_p=1e-6) == greedy  # only the likeliest token is left
+    assert sample(0, 2.0, top_p=5e-324) == sample(0, 5e-324) == greedy  # as small as Python has them
 
 
 @pytest.mark.parametrize(
