@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_as_if_undisturbed(run, report, tmp_path):
     assert measured(run, late, "gradient_norm") == pytest.approx(norms, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_three_random_moments_ends_as_if_undisturbed(run, report, tmp_path):
     config = dataclasses.replace(run, output=str(tmp_path / "run"), workers=2, checkpoint_every=1)
     moments, records, record = random.Random(0), set(), tmp_path / "run/run.json"
