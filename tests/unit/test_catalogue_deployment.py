@@ -1,6 +1,7 @@
 """The catalogue deployment: of uploads and deletions of one document, the last to be accepted counts."""
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from d2l.catalogue import Event
 from d2l.errors import StorageError
 from serve.catalogue.deployment import CatalogueDeployment, Upload
 from serve.catalogue.feed import Feed
-from serve.catalogue.keys import OPEN
+from serve.catalogue.keys import OPEN, AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
 from serve.errors import ApiError
 
@@ -138,3 +139,21 @@ def test_old_versions_take_room_until_their_document_is_deleted(run: Any) -> Non
         assert current(deployment) == "third"
 
     run(test)
+
+
+def test_a_file_of_keys_counts_whatever_its_date(tmp_path: Path) -> None:
+    """Images that are built reproducibly date all files 1970; without keys everybody would be let in."""
+    file = tmp_path / "keys.json"
+    made = add_key(AddKeyConfig(file=str(file), tenant="acme"))
+    os.utime(file, (0, 0))
+
+    async def main() -> None:
+        deployment = object.__new__(CatalogueDeployment.func_or_class)
+        await deployment.__init__(str(tmp_path), str(file))
+        keys = (await deployment.subscribe("gateway")).keys
+        for task in deployment._tasks:
+            task.cancel()
+        assert keys is not None
+        assert keys.find(made["key"]).tenant == "acme"
+
+    asyncio.run(main())

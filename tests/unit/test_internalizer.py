@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,7 @@ from d2l.base_model import BaseModel
 from d2l.catalogue import Event
 from d2l.extract import TEXT
 from d2l.store import AdapterStore
-from serve.internalizer import (
-    _BATCH,
-    LONG_CHARACTERS,
-    Internalization,
-    Internalizer,
-    _batch_size,
-    _Job,
-)
+from serve.internalizer import LONG_CHARACTERS, Internalization, Internalizer, _Job
 from tests.conftest import tiny_hypernetwork
 
 
@@ -118,11 +112,27 @@ def test_a_short_document_does_not_wait_for_a_long_one(replica: Any, monkeypatch
     asyncio.run(main())
 
 
-def test_short_documents_that_are_read_together_are_bounded(replica: Any) -> None:
+def test_short_documents_that_are_read_together_are_bounded(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of them waits for the last."""
+    monkeypatch.undo()  # batched by Serve, which asks its replica only whether to warn
+    limits = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=64))
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: limits)
+    sizes: list[list[int]] = []
 
-    def size(*lengths: int) -> int:
-        return _batch_size([_Job(replica._maker, Internalization("acme", "doc", "a" * n, TEXT)) for n in lengths])
+    async def compute(jobs: Sequence[_Job]) -> list[str]:
+        sizes.append([len(job.work.text) for job in jobs])
+        return ["made"] * len(jobs)
 
-    assert size(LONG_CHARACTERS) < _BATCH < size(LONG_CHARACTERS, LONG_CHARACTERS, 1)
-    assert size(*[1] * 16) == _BATCH
+    replica._compute = compute
+
+    async def batches(*lengths: int) -> list[list[int]]:
+        sizes.clear()
+        jobs = [_Job(replica._maker, Internalization("acme", "doc", "a" * n, TEXT)) for n in lengths]
+        await asyncio.gather(*(replica._together(job) for job in jobs))
+        return list(sizes)
+
+    async def main() -> None:
+        assert await batches(*[LONG_CHARACTERS] * 3) == [[LONG_CHARACTERS] * 2, [LONG_CHARACTERS]]
+        assert await batches(*[1] * 17) == [[1] * 16, [1]]
+
+    asyncio.run(main())
