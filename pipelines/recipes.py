@@ -23,9 +23,10 @@ class Share:
     shall not change answers that its document has nothing to do with."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.unrelated < 1:
-            raise UserError(f"unrelated is a share of batches, at least 0 and below 1, got {self.unrelated}")
-        if self.unrelated and isinstance(self.task, NeedleTask | RepeatTask):
+        if not 0 <= self.unrelated <= 1:
+            raise UserError(f"unrelated is a share of batches, from 0 to 1, got {self.unrelated}")
+        same = isinstance(self.task, NeedleTask) or (isinstance(self.task, RepeatTask) and self.task.asked)
+        if self.unrelated and same:
             raise UserError(f"{type(self.task).__name__} asks every document the same: it has no unrelated questions")
 
 
@@ -188,6 +189,7 @@ def qa() -> Recipe:
         Share(FactsTask(max_facts=16, sentences=0.2), 0.37, unrelated=0.1),
         Share(NeedleTask(60, 400, keyed, prose=prose), 0.2),
         Share(RepeatTask(max_tokens=128), 0.05),
+        Share(RepeatTask(max_tokens=128, asked=False), 0.2, unrelated=1.0),
     )
     long = (
         Share(NeedleTask(256, 1850, keyed, prose=prose), 0.6),

@@ -105,6 +105,9 @@ class RepeatTask:
     """As in `QuestionsTask`; only the documents are read."""
     max_tokens: int = 256
     """Documents are cut to this length."""
+    asked: bool = True
+    """Whether a conversation asks for the text; else it goes on from its first token by itself. Ordinary text is such:
+    with `unrelated` of 1, what no adapter shall change."""
 
 
 Task = NeedleTask | FactsTask | QuestionsTask | RepeatTask
@@ -178,16 +181,15 @@ class Source(ABC):
         self,
         tokenizer: PreTrainedTokenizerBase,
         ids: list[int],
-        questions: list[str],
+        prompts: list[list[int]],
         answers: list[list[int]],
         rng: random.Random,
         **more: Any,
     ) -> Document:
-        prompts = [_int32(prompt_ids(tokenizer, [{"role": "user", "content": question}])) for question in questions]
         chunks = [_int32(chunk) for chunk in split_evenly(ids, self._chunking(len(ids), rng))]
         if self.config.locate:
             more["found"] = [_find(answer, chunks, tokenizer) for answer in answers]
-        return Document(chunks, prompts, [_int32(answer) for answer in answers], **more)
+        return Document(chunks, list(map(_int32, prompts)), list(map(_int32, answers)), **more)
 
     def _chunking(self, tokens: int, rng: random.Random) -> ChunkingConfig:
         if not self.config.chunk_counts:
@@ -210,9 +212,10 @@ class _Made(Source):
         rng = random.Random(f"{self.seed}/{shard}/{number}")
         sample = self._sample(tokenizer, rng)
         ids = document_ids(sample.document, tokenizer, self.config.chunking, f"{self.name} document")
+        prompts = _prompts(tokenizer, sample.questions)
         answers = [answer_ids(tokenizer, answer) for answer in sample.answers]
         text = (sample.document, list(sample.questions), list(sample.answers)) if self.config.held_out else None
-        return self._tokenised(tokenizer, ids, list(sample.questions), answers, rng, text=text)
+        return self._tokenised(tokenizer, ids, prompts, answers, rng, text=text)
 
     @abstractmethod
     def _sample(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Sample: ...
@@ -346,7 +349,7 @@ class _Questions(_Rows):
                 skipped["documents without targets of the teacher"] += 1
                 return None
             more["targets"] = [self._stored(row, i, len(answer)) for i, answer in zip(kept, answers, strict=True)]
-        return self._tokenised(tokenizer, ids, questions, answers, rng, **more)
+        return self._tokenised(tokenizer, ids, _prompts(tokenizer, questions), answers, rng, **more)
 
     def _stored(self, row: dict[str, Any], question: int, tokens: int) -> Targets:
         ids = np.asarray(row["teacher_ids"][question], np.int32)
@@ -385,8 +388,10 @@ class _Repeat(_Rows):
         if ids is None:
             return None
         answer = [*ids, tokenizer.eos_token_id]
-        asked = (text, [REPEAT_QUESTION], [text]) if self.config.held_out else None
-        return self._tokenised(tokenizer, ids, [REPEAT_QUESTION], [answer], rng, text=asked)
+        if not self.task.asked:
+            return self._tokenised(tokenizer, ids, [answer[:1]], [answer[1:]], rng)
+        text_asked = (text, [REPEAT_QUESTION], [text]) if self.config.held_out else None
+        return self._tokenised(tokenizer, ids, _prompts(tokenizer, [REPEAT_QUESTION]), [answer], rng, text=text_asked)
 
 
 def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> Source | None:
@@ -450,6 +455,10 @@ def _find(answer: Sequence[int], chunks: Sequence[np.ndarray], tokenizer: PreTra
         for start in np.flatnonzero((windows == wanted).all(1)):
             places += [(token, number, start + offset - 1) for token, offset in offsets.items()]
     return np.array(places, np.int32).reshape(-1, 3)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:
+    return [prompt_ids(tokenizer, [{"role": "user", "content": question}]) for question in questions]
 
 
 def _log_uniform(rng: random.Random, low: float, high: float) -> float:
