@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from d2l.base_model import BaseModel, Digests
 from d2l.config import from_dict, to_dict
 from d2l.errors import DamagedError, UserError
 from d2l.factors import Factors, LowRank, compress, concat_ranks, map_tensors, rank_of
+from d2l.storage import local_folder, reported
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROVENANCE_FILE = "d2l.json"
@@ -51,7 +53,8 @@ class Provenance:
     base_digests: Digests
     """What the base model must be."""
     compression_error: float = 0.0
-    """Relative Frobenius error of the update that compression cost, bounded from above."""
+    """Relative Frobenius error of the update that compression cost, bounded from above; of a composition the largest of
+    its parts', which bounds nothing, and what its own compression cost."""
     code_version: str = dataclasses.field(default_factory=lambda: importlib.metadata.version("doc-to-lora-ray"))
     """Version of this package."""
 
@@ -165,13 +168,14 @@ class Adapter:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write a PEFT folder.
+        """Write a local PEFT folder; other processes may write the same adapter there.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; the folder is left as it was.
+            UserError: the folder is a URL or cannot be written, or the disk is full. It is left as it was, or, where
+                files that are written cannot be moved into their place, without a commit mark.
         """
-        folder, files = Path(folder), self.files()
-        partials = {name: folder / f".{name}.partial" for name in files}
+        folder, files = local_folder(folder), self.files()
+        partials = {name: folder / f".{name}.{uuid.uuid4().hex}.partial" for name in files}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, partial in partials.items():
@@ -190,15 +194,17 @@ class Adapter:
         """Read a PEFT folder that this package wrote.
 
         Raises:
-            UserError: no adapter there, not ours, or damaged.
+            UserError: no adapter there, not ours, damaged, or not to be read.
         """
-        return cls.from_files(lambda name: (Path(folder) / name).read_bytes(), str(folder))
+        with reported(str(folder)):
+            return cls.from_files(lambda name: (Path(folder) / name).read_bytes(), str(folder))
 
     @classmethod
     def from_files(cls, read: Callable[[str], bytes], where: str) -> "Adapter":
         """As `load`, from any place that gives a file's bytes for its name (FileNotFoundError if there is none)."""
         try:
             config = json.loads(read(COMMIT_MARK))
+            said = config.get("r"), config.get("lora_alpha")
             details = json.loads(read(PROVENANCE_FILE))
             weights = read(WEIGHTS_FILE)
             if json.loads(seal(details)) != details:
@@ -212,14 +218,13 @@ class Adapter:
             tensors = load(weights)
             factors, paths = _from_peft(tensors)
             adapter = cls(factors, int(details["bias_rank"]), float(details["scale"]), paths, provenance)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DamagedError(f"{where}: not a complete adapter of this package ({error})") from None
         except UserError:
             raise
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DamagedError(f"{where}: damaged adapter ({type(error).__name__}: {error})") from error
-        said, have = (config.get("r"), config.get("lora_alpha")), (adapter.rank, adapter.scale * adapter.rank)
-        if said != have:
+        if said != (have := (adapter.rank, adapter.scale * adapter.rank)):
             raise DamagedError(f"{where}: rank and lora_alpha are {have}, {COMMIT_MARK} says {said}: damaged")
         return adapter
 

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.chat import Affixes, chat_text, prompt_ids
 from d2l.errors import UserError
-from d2l.model_files import appearing, cache_folder, locate, weights_digest
+from d2l.model_files import appearing, cache_folder, first_line, loading, locate, weights_digest
 from d2l.packing import pack_linears
 
 if TYPE_CHECKING:
@@ -234,18 +233,19 @@ def load_base_model(
         packed: for answers only, which a CPU gives sooner in bfloat16: no gradients, and no weights to look at.
 
     Raises:
-        UserError: no such model, or its files are damaged.
+        UserError: no such model or device, or its files are damaged.
     """
-    device = torch.device(device) if device else default_device()
+    try:
+        device = torch.device(device) if device else default_device()
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} unknown: {first_line(error)}") from error
     dtype = parse_dtype(dtype, device) if isinstance(dtype, str) else dtype
     transformers.utils.logging.disable_progress_bar()  # seconds, in every process of every job
     folder = resolve(name)
-    try:
+    with loading(f"base model {name}", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"base model {name}: cannot be loaded from {folder}: {str(error).splitlines()[0]}") from error
-    model.requires_grad_(False).eval().to(device)
+        model.requires_grad_(False).eval().to(device)
     if packed and device.type == "cpu" and dtype == default_dtype(device) == torch.bfloat16:
         pack_linears(model)
     public_name = next((hub for short, hub in BUNDLED_MODELS.items() if name in (short, hub)), name)

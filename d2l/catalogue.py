@@ -13,13 +13,14 @@ event may be in the table twice, after a commit that was tried again or two comp
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -107,6 +108,14 @@ class Event:
         return self.created_at, self.adapter_id
 
 
+class Usage(NamedTuple):
+    """What a tenant has, by the adapters that can still be asked for."""
+
+    documents: int = 0
+    bytes: int = 0
+    """Of all these adapters' files, of old versions too."""
+
+
 @dataclass(slots=True)
 class _Document:
     """What is left of a document's events."""
@@ -170,6 +179,9 @@ class Catalogue:
         self.storage = Storage(root)
         self._table: DeltaTable | None = None
         self._documents: dict[str, dict[str, _Document]] = {}
+        self._usage: dict[str, Usage] = {}
+        self._names: dict[str, list[str]] = {}
+        """Ids of a tenant's first documents in the order of ids; sorted only for who asks for that order."""
         self._files: dict[str, tuple[str | None, str | None]] = {}
         """Data files, and the first and the last tenant of each where they are known."""
         self._untold: list[Event] = []
@@ -304,10 +316,19 @@ class Catalogue:
                 if event := document.last():
                     yield event
 
-    def kept(self, tenant: str) -> Iterator[Event]:
-        """All adapters of a tenant that can still be asked for, of old versions too."""
-        for document in list(self._documents.get(tenant, {}).values()):
-            yield from document.ready.values()
+    def listed(self, tenant: str, after: str | None = None) -> Iterator[Event]:
+        """The current adapters of a tenant's documents in the order of ids, of those after `after`."""
+        documents = self._documents.get(tenant, {})
+        names = self._names.get(tenant, [])
+        if len(names) < len(documents):  # documents stay where they came, deleted ones too: the others have come since
+            names = self._names[tenant] = sorted([*names, *list(documents)[len(names) :]])
+        for number in range(0 if after is None else bisect_right(names, after), len(names)):
+            if event := documents[names[number]].last():
+                yield event
+
+    def usage(self, tenant: str) -> Usage:
+        """What a tenant has."""
+        return self._usage.get(tenant, Usage())
 
     def resolve(
         self, tenant: str, doc_id: str, version: str | None = None, hypernetwork: str | None = None
@@ -451,7 +472,14 @@ class Catalogue:
         """Whether it changed anything."""
         if event.event == "failed":
             return False
-        return self._documents.setdefault(event.tenant, {}).setdefault(event.doc_id, _Document()).apply(event)
+        document = self._documents.setdefault(event.tenant, {}).setdefault(event.doc_id, _Document())
+        before = document.ready
+        changed = document.apply(event)
+        if changed:
+            after, (documents, size) = document.ready, self.usage(event.tenant)
+            size += sum(e.bytes for e in after.values()) - sum(e.bytes for e in before.values())
+            self._usage[event.tenant] = Usage(documents + bool(after) - bool(before), size)
+        return changed
 
     def _open(self) -> DeltaTable | None:
         try:
@@ -472,5 +500,5 @@ class Catalogue:
         try:
             with reported(where):
                 yield
-        except (DeltaError, FileNotFoundError) as error:
+        except (DeltaError, FileNotFoundError, pa.ArrowException) as error:
             raise UserError(f"{where}: the catalogue cannot be used ({one_line(error)})") from error

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from d2l.errors import UserError
@@ -19,16 +20,19 @@ def chat_text(
     Templates that write the date get the same one for ever: else adapters and digests would hold for a day.
 
     Raises:
-        UserError: there is no chat template.
+        UserError: there is no chat template, or it refuses the conversation.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: has no chat template; take a base model made for conversation")
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = _SAME_DAY + template
-    rendered = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"messages: the base model's chat template refuses them ({error})") from None
     return str(rendered)
 
 
@@ -36,7 +40,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     """The tokens of a conversation in the chat template, up to where the assistant answers.
 
     Raises:
-        UserError: there is no chat template.
+        UserError: there is no chat template, or it refuses the conversation.
     """
     text = chat_text(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

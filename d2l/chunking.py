@@ -81,15 +81,18 @@ def decode_text(data: bytes, what: str) -> str:
     return check_text(text, what)
 
 
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text's tokens, none of them special: "<|im_end|>" in a text is text, and does not end its turn."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def document_ids(text: str, tokenizer: PreTrainedTokenizerBase, config: ChunkingConfig, what: str) -> list[int]:
     """A document's tokens, without special ones.
 
     Raises:
         UserError: it is no text, or longer than `config.max_document_tokens`.
     """
-    # Split, so that "<|im_end|>" in a document is text and does not end its turn.
-    encoded = tokenizer(check_text(text, what), add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids = encoded["input_ids"]
+    ids = text_ids(check_text(text, what), tokenizer)
     if len(ids) > config.max_document_tokens:
         raise UserError(
             f"{what}: has {len(ids):,} tokens, more than max_document_tokens = {config.max_document_tokens:,}; "

@@ -58,10 +58,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and not isinstance(value, list | tuple):
         raise UserError(f"{where}: expected a list, got {value!r}")
     if origin is tuple:
-        return tuple(_convert(arguments[0], item, where) for item in value)
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(value) != len(kinds):
+            raise UserError(f"{where}: expected {len(kinds)} items, got {value!r}")
+        return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and not isinstance(value, hint):
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
 

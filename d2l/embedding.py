@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.chat import Affixes
-from d2l.chunking import ChunkingConfig, batch_chunks, split_evenly
+from d2l.chunking import ChunkingConfig, batch_chunks, split_evenly, text_ids
 from d2l.errors import UserError
-from d2l.model_files import locate, weights_digest
+from d2l.model_files import loading, locate, weights_digest
 from d2l.precision import float32_products
 
 BUNDLED = "all-minilm-l6-v2"
@@ -111,24 +110,21 @@ class Embedder:
         """Load a model in float32: it is small, and its vectors are compared with others' for years.
 
         Raises:
-            UserError: its files are damaged.
+            UserError: its files are damaged, or there is no such device.
         """
         transformers.utils.logging.disable_progress_bar()
         self.name = model.name
         self._first_token = model.first_token
-        try:
+        with loading(f"embedding model {model.name}", model.folder):
             self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
             self._model = AutoModel.from_pretrained(model.folder, dtype=torch.float32).eval().to(device)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"embedding model {model.name}: cannot be loaded from {model.folder}: {reason}") from error
         self._affixes = _special_tokens(self._tokenizer)
         self._chunking = ChunkingConfig(max_chunk_tokens=model.max_tokens - self._affixes.length)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[Embedding]:
         """What each text is about; a long one's vector is the mean of its chunks' unit vectors, scaled to norm 1."""
-        tokens = [self._tokens(text) for text in texts]
+        tokens = [text_ids(text, self._tokenizer) for text in texts]
         terms = [dict(Counter(ids).most_common(_MOST_TERMS)) for ids in tokens]
         return list(map(Embedding, self._means(tokens).tolist(), terms))
 
@@ -140,9 +136,6 @@ class Embedder:
             owners = torch.tensor([owner for owner, _ in batch])
             sums.index_add_(0, owners, self._vectors([ids for _, ids in batch]).cpu())
         return F.normalize(sums, dim=-1)
-
-    def _tokens(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def _batches(self, chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
         """All chunks, longest first: batches of about equal lengths."""

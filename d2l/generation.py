@@ -63,6 +63,8 @@ def generate(
     Returns:
         The new token ids of each prompt, without the one that ended the answer.
     """
+    if not prompts:
+        return []
     sampling = sampling or SamplingConfig()
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), base.pad_id)

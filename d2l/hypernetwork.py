@@ -26,7 +26,7 @@ from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, combine_chunks, split_documents, stack
 from d2l.injection import PlacedRows, Rows
 from d2l.memory import regress
-from d2l.storage import Storage
+from d2l.storage import Storage, local_folder
 
 FORMAT_VERSION = 3
 
@@ -54,6 +54,13 @@ class HypernetworkConfig:
     scale: float = 1.0
     """delta = scale * (x A^T) B, whatever the total rank."""
     chunking: ChunkingConfig = field(default_factory=ChunkingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.target_modules:
+            raise UserError("target_modules must name at least one module, got none")
+        for name, least in (("rank", 1), ("bias_rank", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class Hypernetwork(nn.Module):
@@ -158,14 +165,14 @@ class Hypernetwork(nn.Module):
         """Write a checkpoint folder; `config.json` comes last, so a folder that has it is whole.
 
         Args:
-            folder: created if need be.
+            folder: a local one, created if need be.
             card: text of the model card; a line by default.
             dtype: of the stored weights; theirs by default.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written.
+            UserError: the disk is full, or the folder cannot be written or is a URL.
         """
-        folder = Path(folder)
+        folder = local_folder(folder)
         tensors = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in self.state_dict().items()}
         config = {
             "format_version": FORMAT_VERSION,

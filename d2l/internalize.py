@@ -74,6 +74,12 @@ class Internalizer:
         self.config = config or InternalizeConfig()
         check_rank(self.config.max_rank, hypernetwork.config.bias_rank)
         self._affixes = base.affixes
+        most = hypernetwork.config.chunking.max_chunk_tokens
+        if (read := self._width(range(most))) > base.window:
+            raise UserError(
+                f"chunking.max_chunk_tokens {most}: {read} tokens would be read at once, chat template included, more "
+                f"than the window of {base.name}, {base.window}; take a hypernetwork for shorter chunks"
+            )
         self._paths = {
             name: tuple(base.target_paths(name)[layer] for layer in hypernetwork.layers)
             for name in (*hypernetwork.config.target_modules, *hypernetwork.config.reading_modules)
@@ -81,7 +87,7 @@ class Internalizer:
         self._fingerprint = hypernetwork.fingerprint()
         strengths, bias = hypernetwork.generator.strengths(), hypernetwork.bias_factors()
         self._strengths = {name: s.detach() for name, s in strengths.items()} if strengths else None
-        # Moments have d_in rows of 4 bytes a number, rows mostly 2.
+        # Moments have d_in rows of 4 bytes a number at least, rows mostly 2.
         self._enough_rows = 2 * max(d_in for d_in, _ in hypernetwork.modules_shapes.values())
         self._bias = map_tensors(bias, lambda t: t.detach().to(base.dtype)) if bias else None
 
@@ -156,7 +162,10 @@ class Internalizer:
     def _finish(self, job: _Job) -> Adapter | UserError:
         factors, error, room = job.memory.factors(), 0.0, self.config.max_rank - self.hypernetwork.config.bias_rank
         if not all(t.isfinite().all() for pair in factors.values() for t in pair):
-            return UserError(f"{job.name}: hypernetwork {self._fingerprint} gives no finite adapter; is it trained?")
+            return UserError(
+                f"{job.name}: hypernetwork {self._fingerprint} gives no finite adapter; take one that is trained, or "
+                "split the document: too much of it may be the same"
+            )
         if rank_of(factors) > room:
             factors, error = sketch(factors, room)
         provenance = Provenance(

@@ -75,7 +75,8 @@ class _Moments:
 
     def __init__(self, s: Tensor | None, a: Tensor, b: Tensor):
         self._s, self.dtype = s, a.dtype
-        self._seen = None if s is None else _product(a.mT, a)
+        # In float64: a long document's sum is so large that each chunk's share is rounded off.
+        self._seen = None if s is None else _product(a.mT, a).double()
         self._written = _product(a.mT, b)
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -87,7 +88,7 @@ class _Moments:
         """[d_in, d_out] float32."""
         if self._seen is None or self._s is None:
             return self._written
-        return _solved(self._seen, self._written, self._s)
+        return _solved(self._seen.float(), self._written, self._s)
 
 
 def regress(rows: Factors, strengths: Strengths | None) -> Factors:
@@ -149,8 +150,10 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, system: Tensor, right: Tensor) -> Tensor:
-        # Not `cholesky`, which raises where there is a NaN: losses tell, and whoever checks them.
-        factor = torch.linalg.cholesky_ex(system).L
+        # Not `cholesky`, which raises where there is a NaN or rounding leaves no factor: losses tell, and whoever
+        # checks them. What is there of a factor that failed is finite, so NaN takes its place.
+        factor, failed = torch.linalg.cholesky_ex(system)
+        factor.masked_fill_(failed[..., None, None] != 0, torch.nan)
         solution = torch.cholesky_solve(right, factor)
         ctx.save_for_backward(factor, solution)
         return solution

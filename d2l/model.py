@@ -16,6 +16,7 @@ import torch
 from d2l import generation
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel, load_base_model
+from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.internalize import Document, InternalizeConfig, Internalizer
@@ -60,7 +61,11 @@ class DocToLora:
         return cls(loaded, Hypernetwork.from_pretrained(folder, loaded), config)
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
-        """Write the hypernetwork as a checkpoint folder."""
+        """Write the hypernetwork as a checkpoint folder.
+
+        Raises:
+            UserError: as `Hypernetwork.save_pretrained`.
+        """
         self.hypernetwork.save_pretrained(folder, card)
 
     @overload
@@ -83,7 +88,7 @@ class DocToLora:
         """The assistant's answer.
 
         Raises:
-            UserError: the adapter was made for another base model.
+            UserError: the adapter was made for another base model, or prompt and answer do not fit its window.
         """
         return self.generate_batch([messages], [adapter], sampling)[0]
 
@@ -93,8 +98,12 @@ class DocToLora:
         adapters: Sequence[Adapter | None],
         sampling: SamplingConfig | None = None,
     ) -> list[str]:
-        """Answers of several conversations in one batch, each with its own adapter or none."""
-        prompts = [self._prompt(messages) for messages in conversations]
+        """Answers of several conversations in one batch, each with its own adapter or none.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        prompts = [self._prompt(messages, sampling) for messages in conversations]
         for adapter in adapters:
             self._check(adapter)
         answers = generation.generate(self.base, prompts, adapters, sampling)
@@ -103,14 +112,25 @@ class DocToLora:
     def stream(
         self, messages: Messages, adapter: Adapter | None = None, sampling: SamplingConfig | None = None
     ) -> Iterator[str]:
-        """Pieces of the assistant's answer as they are generated."""
+        """Pieces of the assistant's answer as they are generated.
+
+        Raises:
+            UserError: as `generate`.
+        """
         self._check(adapter)
-        return generation.stream(self.base, self._prompt(messages), adapter, sampling)
+        return generation.stream(self.base, self._prompt(messages, sampling), adapter, sampling)
 
     def _check(self, adapter: Adapter | None) -> None:
         for warning in adapter.check(self.base) if adapter else ():
             warnings.warn(warning, stacklevel=3)
 
-    def _prompt(self, messages: Messages) -> list[int]:
+    def _prompt(self, messages: Messages, sampling: SamplingConfig | None) -> list[int]:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return self.base.prompt_ids(turns)
+        ids = self.base.prompt_ids(turns)
+        most, window = (sampling or SamplingConfig()).max_new_tokens, self.base.window
+        if len(ids) + most > window:
+            raise UserError(
+                f"messages: {len(ids)} tokens of prompt and max_new_tokens {most} exceed the window of "
+                f"{self.base.name}, {window}; shorten the prompt or lower max_new_tokens"
+            )
+        return ids

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+import torch
+from safetensors import SafetensorError
 
 from d2l.errors import UserError
 
@@ -54,6 +56,27 @@ def weights_digest(folder: str | Path) -> str:
 
 
 @contextmanager
+def loading(what: str, folder: str) -> Iterator[None]:
+    """Turn what fails when a model's files are loaded into a UserError; only a device that is full is left as it is.
+
+    Args:
+        what: the model, for errors.
+        folder: of its files.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{what}: cannot be loaded from {folder}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
 def appearing(target: Path) -> Iterator[Path]:
     """A folder that appears at `target` whole or not at all; a concurrent winner is kept."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +100,7 @@ def _download(name: str, what: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{what} {name!r}: not in the hub's cache and not downloadable ({reason})") from error
 
 
@@ -91,9 +114,11 @@ def _fetch(url: str, what: str) -> Path:
             raise UserError(f"{what} {url}: no such folder")
         with appearing(target) as partial:
             filesystem.get(path.rstrip("/") + "/", str(partial) + "/", recursive=True)
+            for needed in ("config.json", "*.safetensors"):  # what is incomplete would be kept for ever
+                if not any(partial.glob(needed)):
+                    raise UserError(f"{what} {url}: has no {needed}; copy all that `save_pretrained` writes there")
     except UserError:
         raise
     except Exception as error:  # every filesystem has types of its own for "no such protocol", "no network", "denied"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what} {url}: cannot be fetched ({reason})") from error
+        raise UserError(f"{what} {url}: cannot be fetched ({first_line(error)})") from error
     return target

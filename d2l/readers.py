@@ -166,7 +166,9 @@ def _blocks(container: Any) -> Iterator[str]:
 
     for block in container.iter_inner_content():
         if isinstance(block, Table):
-            yield "\n".join(" | ".join("\n".join(_blocks(cell)) for cell in row.cells) for row in block.rows)
+            # A cell that spans columns is there once for each.
+            rows = [{cell._tc: cell for cell in row.cells}.values() for row in block.rows]
+            yield "\n".join(" | ".join("\n".join(_blocks(cell)) for cell in cells) for cells in rows)
         elif block.text.strip():
             style = block.style.name if block.style else ""
             level = re.fullmatch(r"Heading (\d)", style or "")

@@ -39,6 +39,17 @@ def absolute(name: str, known: Collection[str] = ()) -> str:
     return str(Path(name).absolute()) if name not in known and Path(name).exists() else name
 
 
+def local_folder(name: str | Path) -> Path:
+    """The path of a folder to write to.
+
+    Raises:
+        UserError: it is a URL, of which a folder `s3:` would be made here.
+    """
+    if re.match(r"\w{2,}:/", str(name)):  # one slash, for `Path` makes it of two
+        raise UserError(f"{name}: cannot be written to; give a local folder, and copy it from there")
+    return Path(name)
+
+
 class Storage:
     """A root, local or remote, and the files under it."""
 
@@ -76,11 +87,13 @@ class Storage:
 
     def fsspec_options(self) -> dict[str, Any]:
         """Options for the root's fsspec file system."""
-        if not self.root.startswith("s3://"):
+        if self.is_local:
             return {}
-        # Listings are never cached: other writers are at work. S3 servers of one's own seldom have a name per bucket.
-        s3 = {"s3": {"addressing_style": "path"}} if _endpoint() else {}
-        return {"use_listings_cache": False, "endpoint_url": _endpoint(), "config_kwargs": s3}
+        fresh = {"use_listings_cache": False}  # other writers are at work
+        if not self.root.startswith("s3://"):
+            return fresh
+        s3 = {"s3": {"addressing_style": "path"}} if _endpoint() else {}  # one's own servers have no name per bucket
+        return fresh | {"endpoint_url": _endpoint(), "config_kwargs": s3}
 
     def delta_options(self) -> dict[str, str]:
         """Options for a deltalake table under the root."""
@@ -201,7 +214,11 @@ def reported(what: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
-    except (OSError, BotoCoreError, aiohttp.ClientError) as error:  # the last one of connections cut in mid-answer
+    except Exception as error:
+        known = isinstance(error, OSError | BotoCoreError | aiohttp.ClientError)  # the last: cut in mid-answer
+        # By name, for the packages of gs:// and abfss:// need not be there.
+        if not known and not type(error).__module__.startswith(("gcsfs.", "azure.")):
+            raise
         message = f"{what}: storage failed ({one_line(error)}); check space, permissions and endpoint"
         raise StorageError(message) from error
 

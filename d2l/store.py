@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,7 +167,9 @@ class AdapterStore:
         """
         folder = _folder(tenant, adapter_id)
         mark, weights = f"{folder}/{COMMIT_MARK}", f"{folder}/{WEIGHTS_FILE}"
-        content = self.storage.read(mark) if self.storage.exists(mark) else b""
+        content = b""
+        with suppress(FileNotFoundError):
+            content = self.storage.read(mark)
         self.storage.remove(mark)
         files = self.storage.files(folder)
         claimed = [file.modified for file in files if file.name == _CLAIM]

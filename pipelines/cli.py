@@ -228,14 +228,17 @@ def _load(name: str) -> Callable[..., Any]:
 
 
 def _usage(arguments: list[str]) -> None:
-    console = Console(stderr=bool(arguments) and arguments[0] not in ("-h", "--help"), highlight=False)
+    """Print the commands, only those that begin with the first word if any does; an error unless help is asked for."""
+    asked = not arguments or not {"-h", "--help"}.isdisjoint(arguments)
+    console = Console(stderr=not asked, highlight=False)
     console.print("usage: d2l COMMAND \\[options] [--json]        (d2l COMMAND --help tells the options)\n")
     table = Table.grid(padding=(0, 3))
-    for name, command in COMMANDS.items():
-        table.add_row(f"  [bold]{name}[/]", command.summary)
+    shown = [name for name in COMMANDS if name.split()[0] in arguments[:1]] or list(COMMANDS)
+    for name in shown:
+        table.add_row(f"  [bold]{name}[/]", COMMANDS[name].summary)
     console.print(table)
-    if console.stderr:
-        console.print(f"\n[bold red]error:[/] no command {' '.join(arguments[:2])!r}")
+    if not asked:
+        console.print(f"\n[bold red]error:[/] no command {escape(repr(' '.join(arguments[:2])))}")
         sys.exit(2)
     sys.exit(0)
 

@@ -3,10 +3,12 @@
 Documents in, adapters in a local store, a served endpoint, answers printed beside the base model's.
 """
 
+import json
 import random
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from d2l.errors import UserError
 from d2l.extract import SUFFIXES
 from d2l.hypernetwork import base_model_of
 from d2l.model import SHIPPED
-from d2l.tasks.facts import FactsConfig, exact_match, make_facts
+from d2l.tasks.facts import FactsConfig, make_facts
 from d2l.tasks.needle import NeedleConfig, make_sample
 from pipelines import cluster, tracking
 from pipelines.cli import show
 from pipelines.convert import job
 from pipelines.convert.job import ConvertConfig
+from pipelines.evaluate.text_scores import measured
 from pipelines.tracking import TrackingConfig
 from serve.app import ServeConfig, run
 from serve.gateway.model_names import document_model
@@ -44,6 +47,8 @@ _OWN_QUESTION = "What is this document about? Answer in one sentence."
 class _Question:
     """About one document."""
 
+    document: str
+    """Its id."""
     text: str
     expected: str | None = None
     """None where nobody here knows."""
@@ -73,8 +78,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     cluster.connect(worker_output=False, here=True)
     served = ServeConfig(store=str(folder / "store"), port=config.port)
     questions = _write_documents(folder / "documents")
-    print(f"1. {len(questions)} documents written to {folder / 'documents'}")
-    questions = {path.name: _Question(_OWN_QUESTION) for path in own} | questions
+    print(f"1. {len({q.document for q in questions})} documents written to {folder / 'documents'}")
+    questions = [_Question(path.name, _OWN_QUESTION) for path in own] + questions
     record = tracking.open_run(TrackingConfig(f"sqlite:///{folder}/mlflow.db"), "demo", config)
     try:
         with tracking.closing(record) as client:
@@ -84,12 +89,15 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             print(f"2. adapters in {served.store}: {counts.format(**converted)}")
             for failure in converted["failures"]:
                 print(f"   {failure['doc_id']}: {failure['reason']}")
-                questions.pop(failure["doc_id"], None)
+            failed = {failure["doc_id"] for failure in converted["failures"]}
+            questions = [question for question in questions if question.document not in failed]
+            known = [question for question in questions if question.expected]
+            if not known:
+                raise UserError(f"{served.store}: none of the demo's own documents could be converted, see above")
             run(served, blocking=False)
             print(f"3. asking {served.url}")
-            answers = [_ask(served, doc_id, question) for doc_id, question in questions.items()]
-            known = [row["right"] for row in answers if row["expected"]]
-            right = sum(known) / len(known)
+            answers = [_ask(served, question) for question in questions]
+            right = sum(row["right"] is True for row in answers) / len(known)
             client.log_table(record.run_id, {k: [row[k] for row in answers] for k in answers[0]}, "answers.json")
             client.log_metric(record.run_id, "right", right)
         report = {
@@ -111,20 +119,32 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         ray.shutdown()
 
 
-def _write_documents(folder: Path) -> dict[str, _Question]:
-    """Text files with a question about each, by document id."""
+def _write_documents(folder: Path) -> list[_Question]:
+    """Write text files: numbers in filler, sheets of facts, and real texts; what is asked about them.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     tokenizer = load_base_model(base_model_of(SHIPPED), "cpu").tokenizer
     seeds = [random.Random(i).getrandbits(32) for i in range(max(len(_LENGTHS), _SHEETS))]
-    samples = {
-        f"demo-number-{i + 1}.txt": make_sample(tokenizer, NeedleConfig(tokens), seeds[i])
-        for i, tokens in enumerate(_LENGTHS)
-    }
-    sheets = FactsConfig(_FACTS, held_out=True)
-    samples |= {f"demo-facts-{i + 1}.txt": make_facts(sheets, seeds[i]) for i in range(_SHEETS)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, sample in samples.items():
-        (folder / name).write_text(sample.document)
-    return {name: _Question(sample.questions[0], sample.answers[0]) for name, sample in samples.items()}
+    numbers = [make_sample(tokenizer, NeedleConfig(tokens), seed) for tokens, seed in zip(_LENGTHS, seeds, strict=True)]
+    sheets = [make_facts(FactsConfig(_FACTS, held_out=True), seed) for seed in seeds[:_SHEETS]]
+    texts, questions = {}, []
+    for kind, samples in (("number", numbers), ("facts", sheets)):
+        for i, sample in enumerate(samples, 1):
+            name = f"demo-{kind}-{i}.txt"
+            texts[name] = sample.document
+            questions.append(_Question(name, sample.questions[0], sample.answers[0]))
+    for real in json.loads((files("pipelines") / "demo_texts.json").read_text()):
+        texts[real["name"]] = real["text"]
+        questions += [_Question(real["name"], question, answer) for question, answer in real["questions"]]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another by --folder") from None
+    return questions
 
 
 def _own_documents(folder: Path | None) -> list[Path]:
@@ -144,7 +164,7 @@ def _own_documents(folder: Path | None) -> list[Path]:
     return files[:_OWN]
 
 
-def _ask(served: ServeConfig, doc_id: str, question: _Question) -> dict[str, Any]:
+def _ask(served: ServeConfig, question: _Question) -> dict[str, Any]:
     client = OpenAI(base_url=served.url, api_key="none")
     room = 16 if question.expected else 48
 
@@ -153,12 +173,12 @@ def _ask(served: ServeConfig, doc_id: str, question: _Question) -> dict[str, Any
         reply = client.chat.completions.create(model=model, messages=messages, max_tokens=room)  # type: ignore[arg-type]
         return (reply.choices[0].message.content or "").strip()
 
-    with_adapter = said(document_model(served.alias, doc_id))
+    with_adapter = said(document_model(served.alias, question.document))
     return {
-        "document": doc_id,
+        "document": question.document,
         "question": question.text,
         "without document": said(served.alias),
         "with adapter": with_adapter,
         "expected": question.expected or "",
-        "right": "" if question.expected is None else exact_match(with_adapter, question.expected),
+        "right": measured(with_adapter, [question.expected])["recall"] == 1 if question.expected else "",
     }

@@ -33,7 +33,7 @@ def load_prose(path: str, held_out: bool) -> list[str]:
         held_out: the texts kept for evaluation instead of those for training.
 
     Raises:
-        UserError: no such file, no such column, or too few texts to keep some for evaluation.
+        UserError: no such file, no such column or one of another type, or too few texts to keep some for evaluation.
     """
     if Path(path).suffix == ".parquet":
         storage = Storage(path)
@@ -44,9 +44,12 @@ def load_prose(path: str, held_out: bool) -> list[str]:
             schema = pq.read_schema(storage.path(), **where)
             if "text" not in schema.names:
                 raise UserError(f"{path}: no column 'text'; it has {', '.join(schema.names)}")
+            kind = schema.field("text").type
+            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+                raise UserError(f"{path}: column 'text' needs texts; it has {kind}")
             texts = pq.read_table(storage.path(), columns=["text"], **where)["text"].to_pylist()
     else:
-        texts = [part for part in read_text(path).split("\n\n") if part.strip()]
+        texts = [part for part in read_text(path).replace("\r\n", "\n").split("\n\n") if part.strip()]
     kept = [text for i, text in enumerate(texts) if (text or "").strip() and (i % _HELD_OUT == 0) == held_out]
     if not kept:
         raise UserError(f"{path}: has {len(texts)} texts; at least 2 are needed, every {_HELD_OUT}th is for evaluation")

@@ -42,7 +42,7 @@ class Stage:
     """Document tokens of one batch at most, padding included. A document that is longer is skipped."""
     question_tokens: int = 6144
     """Tokens of its questions with their answers at most, padding included, as long as it has several documents: these
-    are what takes memory, for they have gradients."""
+    are what takes memory, for they have gradients. A question of a training set that is longer is skipped."""
     chunk_counts: tuple[float, ...] = ()
     """Weights of cutting a document into 1, 2, 3 ... chunks even if fewer do; if empty, into as few as it fits."""
 

@@ -1,10 +1,10 @@
 """Sources: what `d2l convert DOCS` names, read by Ray Data: {doc_id, text, source_uri, extractor, stage, reason}.
 
-A source is a folder (searched through), a glob or a file, local or remote: text, Markdown, HTML, PDF and Word, a
-document a file, named by its path under the folder; JSONL and Parquet, a document a row, named by a column. A folder
-that has `_delta_log` is a Delta table: of its Parquet files those count that its current version is made of. What
-cannot be read becomes a row with the stage and reason of its failure, so every document is accounted for and one bad
-one stops nothing.
+A source is a folder (searched through), a glob of folders and files, or a file, local or remote: text, Markdown, HTML,
+PDF and Word, a document a file, named by its path under the folder; JSONL and Parquet, a document a row, named by a
+column. A folder that has `_delta_log` is a Delta table: of its Parquet files those count that its current version is
+made of. What cannot be read becomes a row with the stage and reason of its failure, so every document is accounted for
+and one bad one stops nothing.
 
 Where an id is given twice, the first by file and row is the document and the others are failures: for that, the ids of
 tables are read ahead of their texts. Driver memory grows with the number of documents: their ids and files' names.
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -28,7 +29,7 @@ from deltalake.exceptions import DeltaError
 from fsspec.core import has_magic
 
 from d2l.chunking import check_text
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.extract import SUFFIXES, TEXT, extract, extractor_of
 from d2l.storage import Storage, one_line, reported
 from d2l.store import check_doc_id
@@ -81,8 +82,13 @@ class Listing:
     """Files of other kinds in the folders."""
 
 
-def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
+def list_documents(sources: Iterable[str], config: SourceConfig, output: str = "") -> Listing:
     """Find all documents of `sources`; needs Ray where there are tables.
+
+    Args:
+        sources: folders, globs and files.
+        config: how documents are found in them.
+        output: see `find_files`.
 
     Raises:
         UserError: a source does not exist, or is a file of an unknown kind.
@@ -93,7 +99,7 @@ def list_documents(sources: Iterable[str], config: SourceConfig) -> Listing:
     seen: set[str] = set()
     ignored = 0
     for source in sources:
-        root, files, unlisted = find_files(source)
+        root, files, unlisted = find_files(source, output)
         storage = Storage(root)
         failures += [failure(name, storage.url(name), "list", reason) for name, reason in unlisted.items()]
         tables, files = split_tables(storage, files)
@@ -138,7 +144,7 @@ def read_part(part: Row, config: SourceConfig, winners: dict[str, str]) -> Itera
     """The rows of one part."""
     storage = Storage(part["root"])
     if part["kind"] == "file":
-        yield from read_files(storage, list(part["names"]))
+        yield from (row for row, _ in read_files(storage, list(part["names"])))
         return
     name = part["names"][0]
     for number, record in read_records(storage, name, part["kind"], [config.id_column, config.text_column], config):
@@ -182,10 +188,14 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def find_files(source: str) -> tuple[str, dict[str, int], dict[str, str]]:
+def find_files(source: str, output: str = "") -> tuple[str, dict[str, int], dict[str, str]]:
     """Root of a source; its files' names below it, with their sizes; and folders that cannot be listed, with why.
 
     Names of folders end with a slash.
+
+    Args:
+        source: a folder, a glob or a file.
+        output: where the job writes; what lies there is left out, where it is a folder inside the source.
 
     Raises:
         UserError: it does not exist, or is a file of an unknown kind.
@@ -194,19 +204,22 @@ def find_files(source: str) -> tuple[str, dict[str, int], dict[str, str]]:
     filesystem, path = storage.filesystem, storage.path()
     unlisted: list[OSError] = []
     with reported(source):
-        if filesystem.isdir(path) and storage.is_local:
-            root, found = storage.root, _local_files(path, unlisted)
-        elif filesystem.isdir(path):
-            root, found = storage.root, _sizes(filesystem.find(path, detail=True))
+        if filesystem.isdir(path):
+            root, found = storage.root, _files_below(storage, path, unlisted)
         elif filesystem.isfile(path):
             root, found = _parent(storage.root), _sizes({path: filesystem.info(path)})
             if PurePosixPath(path).suffix.lower() not in KINDS:
                 raise UserError(f"{source}: unknown kind of file; give {', '.join(KINDS)}, or a folder of them")
         elif has_magic(path):
             infos = filesystem.glob(path, detail=True)
-            other = [p for p, info in infos.items() if info["type"] not in ("file", "directory")]
+            links = [p for p, info in infos.items() if info["type"] not in ("file", "directory")]
             files = {p: info for p, info in infos.items() if info["type"] == "file"}
-            found = _sizes(files | {p: infos[p] for p in other if filesystem.isfile(p)})  # links to files
+            found = _sizes(files | {p: infos[p] for p in links if filesystem.isfile(p)})
+            folders = {p for p, info in infos.items() if info["type"] == "directory"}
+            folders |= {p for p in links if filesystem.isdir(p)}
+            for folder in folders:
+                if not folders.intersection(map(str, PurePosixPath(folder).parents)):  # `**` matches those inside, too
+                    found |= _files_below(storage, folder, unlisted)
             root = storage.root
             while has_magic(root):
                 root = _parent(root)
@@ -218,8 +231,23 @@ def find_files(source: str) -> tuple[str, dict[str, int], dict[str, str]]:
     if not found and not unlisted:
         raise UserError(f"{source}: no such file, or an empty folder")
     prefix = Storage(root).path().rstrip("/") + "/"
-    folders = {f"{error.filename}/".removeprefix(prefix): f"cannot be listed ({one_line(error)})" for error in unlisted}
-    return root, {p.removeprefix(prefix): size for p, size in found.items()}, folders
+    reasons = {f"{error.filename}/".removeprefix(prefix): f"cannot be listed ({one_line(error)})" for error in unlisted}
+    made = inside(root, output) if output else ""
+    names = {p.removeprefix(prefix): size for p, size in found.items()}
+    return root, {name: size for name, size in names.items() if not made or not name.startswith(made)}, reasons
+
+
+def inside(root: str, folder: str) -> str:
+    """The name of a folder below a root, with a slash at its end; empty where it is the root itself, or elsewhere."""
+    above, below = f"{root.rstrip('/')}/", f"{Storage(folder).root}/"
+    return below.removeprefix(above) if below.startswith(above) else ""
+
+
+def _files_below(storage: Storage, folder: str, unlisted: list[OSError]) -> dict[str, int]:
+    """Files of a folder with their sizes."""
+    if storage.is_local:
+        return _local_files(folder, unlisted)
+    return _sizes(storage.filesystem.find(folder, detail=True))
 
 
 def _sizes(infos: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -329,30 +357,52 @@ def _doc_id(record: Row, config: SourceConfig) -> str:
     return check_doc_id(str(doc_id))
 
 
-def read_files(storage: Storage, names: list[str]) -> Iterator[Row]:
-    """The rows of files that are a document each."""
+def read_files(storage: Storage, names: list[str]) -> Iterator[tuple[Row, UserError | None]]:
+    """The rows of files that are a document each, with the errors of those that are failures.
+
+    An error is a StorageError where the storage failed: the file may well be read later.
+    """
     blobs = storage.filesystem.cat_ranges([storage.path(name) for name in names], None, None, on_error="return")
     for name, blob in zip(names, blobs, strict=True):
         stage = "read"
         try:
             if isinstance(blob, Exception):
-                raise UserError(f"{name}: cannot be read ({one_line(blob)})")
+                kind = UserError if isinstance(blob, FileNotFoundError) else StorageError
+                raise kind(f"{storage.url(name)}: cannot be read ({one_line(blob)})")
             extractor = extractor_of(name)
             stage = "read" if extractor == TEXT else "extract"
-            yield _row(name, extract(blob, name), storage.url(name), extractor)
+            yield _row(name, extract(blob, name), storage.url(name), extractor), None
         except UserError as error:
-            yield failure(name, storage.url(name), stage, str(error))
+            yield failure(name, storage.url(name), stage, str(error)), error
 
 
 def read_records(
     storage: Storage, name: str, kind: str, columns: list[str], config: SourceConfig
 ) -> Iterator[tuple[int, Row | UserError]]:
-    """Rows of a table, numbered from 1, with why one cannot be read; number 0 is the table as a whole."""
+    """Rows of a table, numbered from 1, with why one cannot be read; number 0 is the table as a whole.
+
+    Why is a StorageError where the storage failed: the rest of the table may well be read later.
+    """
     try:
-        with reported(name), storage.filesystem.open(storage.path(name), "rb") as stream:
+        with file_reported(storage.url(name)), storage.filesystem.open(storage.path(name), "rb") as stream:
             yield from _jsonl_rows(stream, config.max_bytes) if kind == "jsonl" else _parquet_rows(stream, columns)
-    except (UserError, FileNotFoundError, UnicodeDecodeError, pa.ArrowException) as error:
-        yield 0, UserError(f"{name}: cannot be read ({one_line(error)})")
+    except UserError as error:
+        yield 0, error
+
+
+@contextmanager
+def file_reported(url: str) -> Iterator[None]:
+    """Turn what goes wrong in reading a file into a UserError that names it; a StorageError if the storage failed."""
+    try:
+        with reported(url):
+            yield
+    except StorageError as error:
+        cause = error.__cause__
+        if type(cause) is OSError and cause.errno is None:  # Arrow's, of damaged pages
+            raise UserError(f"{url}: cannot be read ({one_line(cause)})") from cause
+        raise
+    except (FileNotFoundError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{url}: cannot be read ({one_line(error)})") from error
 
 
 def _parquet_rows(stream: BinaryIO, columns: list[str]) -> Iterator[tuple[int, Row | UserError]]:

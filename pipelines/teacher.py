@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from d2l.base_model import BaseModel, load_base_model
-from d2l.chat import document_question
+from d2l.chat import chat_text, document_question
+from d2l.chunking import text_ids
 from pipelines import cluster
 
 TOP = 16
@@ -34,11 +35,25 @@ TARGET_COLUMNS = {
 T = TypeVar("T")
 _HEAD_TOKENS = 512
 """Positions whose logits are held at a time: each is as wide as the vocabulary."""
+_MARK = "\u2063document\u2063"
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """The tokens that an assistant answers with, the one that ends the answer included."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def document_prompts(tokenizer: PreTrainedTokenizerBase, document: str, questions: Sequence[str]) -> list[list[int]]:
+    """The tokens of each question's conversation with the document in it, up to where the assistant answers."""
+    if not questions:  # a document that is left out may have no text
+        return []
+    ids, prompts = text_ids(document, tokenizer), []
+    for question in questions:
+        turn = [{"role": "user", "content": document_question(_MARK, question)}]
+        around = chat_text(tokenizer, turn, add_generation_prompt=True).split(_MARK, 1)
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in around)
+        prompts.append([*before, *ids, *after])
+    return prompts
 
 
 class Example(NamedTuple):
@@ -119,8 +134,7 @@ class Teacher:
     def examples(self, document: str, questions: Sequence[str], answers: Sequence[str]) -> list[Example]:
         """A document's questions as the base model is asked them."""
         tokenizer = self.base.tokenizer
-        turns = [[{"role": "user", "content": document_question(document, question)}] for question in questions]
-        prompts = [self.base.prompt_ids(turn) for turn in turns]
+        prompts = document_prompts(tokenizer, document, questions)
         return [Example(p, answer_ids(tokenizer, answer)) for p, answer in zip(prompts, answers, strict=True)]
 
     @torch.no_grad()

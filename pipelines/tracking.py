@@ -31,6 +31,8 @@ _SQLITE = "sqlite:///"
 _HERE = f"{_SQLITE}mlflow.db"
 _DEFAULT_URI = os.environ.get("MLFLOW_TRACKING_URI") or _HERE  # now: MLflow sets the variable to what it is told
 _FLUSH_SECONDS = 5.0
+_LAST_SECONDS = 60.0
+"""How long the end of a run waits for a server that does not answer."""
 _MOST_PENDING = 100_000
 """Metrics kept for a server that does not answer; beyond, the oldest are lost."""
 
@@ -99,11 +101,11 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _reason(error: Exception) -> str:
-    return one_line(error)[:300]
+    return _without_password(one_line(error))[:300]  # in this order: half a password would stay
 
 
 def _without_password(message: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", message)
+    return re.sub(r"//[^/\s]*@", "//", message)  # to the last `@`: a password may have one
 
 
 def _is_there(client: MlflowClient, run_id: str) -> bool:
@@ -180,7 +182,7 @@ class Tracker:
             self._client.log_table(self._run_id, columns, f"samples/step-{step:08d}.json")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left; for about a minute while MLflow does not answer, then say what is lost."""
         self._closing.set()
         self._thread.join()
         self._system.finish()
@@ -215,6 +217,15 @@ class Tracker:
         while not self._closing.wait(_FLUSH_SECONDS):
             self.flush()
         self.flush()
+        deadline, pause = time.monotonic() + _LAST_SECONDS, 1.0
+        while self._pending and time.monotonic() < deadline:
+            time.sleep(pause)
+            self.flush()
+            pause *= 2
+        if self._pending:
+            steps = [metric.step for metric in self._pending]
+            message = "MLflow does not answer: %d metrics of steps %d to %d are lost"
+            logging.getLogger(__name__).error(message, len(steps), min(steps), max(steps))
 
 
 def register(client: MlflowClient, run_id: str, artifact: str, name: str) -> str:

@@ -84,7 +84,8 @@ class ServeConfig:
     max_batch_tokens: int = 131_072
     """Tokens of their prompts and answers at most, whose keys and values are in memory."""
     max_queued_requests: int = 64
-    """Requests that wait for an engine at most, a burst on its way to idle ones too; more are answered with 429."""
+    """Requests that wait for an engine at most, a burst on its way to idle ones too, and each answer to each prompt is
+    one; more are answered with 429."""
     adapter_cache_bytes: int = 2**30
     """Adapters that each engine keeps in memory, in bytes."""
     adapter_disk_bytes: int = 10 * 2**30

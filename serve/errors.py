@@ -94,6 +94,11 @@ def handle_errors(app: FastAPI) -> None:
 
 
 async def _respond(request: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The response to a request that ended with `error`."""
     known = as_api_error(error)
     headers = {"Retry-After": str(known.retry_after_s)} if known.retry_after_s else {}
     if known.status in (408, 504):

@@ -20,6 +20,7 @@ from ray.util.metrics import Histogram
 from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
 from d2l.catalogue import Event
+from d2l.chunking import text_ids
 from d2l.embedding import Embedder, Embedding, EmbeddingModel
 from d2l.errors import DamagedError, UserError
 from d2l.hypernetwork import Hypernetwork
@@ -228,9 +229,7 @@ class _Maker:
             return
         if (least := size // self._model.base.longest_token) > most:  # not tokenised: it may be megabytes
             raise _too_long(f"at least {least:,}", most)
-        tokenizer = self._model.base.document_tokenizer  # as `document_ids` does it
-        ids = tokenizer(work.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        tokens = len(ids)
+        tokens = len(text_ids(work.text, self._model.base.document_tokenizer))
         if tokens > most:
             raise _too_long(f"{tokens:,}", most)
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2l.context_encoder import Features
+from d2l.errors import UserError
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
 from d2l.memory import Strengths
@@ -45,6 +46,11 @@ class Config:
     """Rank of the learned part of the key projection."""
     value_width: int = 192
     """Hidden width of the value MLP."""
+
+    def __post_init__(self) -> None:
+        for name in ("key_rank", "value_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"outer_product: {name} must be at least 1, got {getattr(self, name)}")
 
 
 class Generator(nn.Module):

@@ -124,7 +124,7 @@ def _loop(model: DocToLora, files: Sequence[Path], root: str, batch_documents: i
 
 def _job(config: BenchConvertConfig, documents: Path, root: str, expected: str) -> float:
     """Convert as `d2l convert` does; documents per second after the first batch of results."""
-    cluster.connect()
+    cluster.connect(here=True)  # where the loop runs
     conversion = ConversionConfig(
         store=root,
         hypernetwork=config.hypernetwork,

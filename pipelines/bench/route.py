@@ -137,5 +137,5 @@ def _simulate(config: BenchRouteConfig, size: int, policy: _Policy) -> dict[str,
         "hits": 1 - loads / total,
         "median_s": statistics.median(latencies),
         "p99_s": float(np.quantile(latencies, 0.99)),
-        "replicas_of_hottest": len(homes[adapters[0]]),
+        "replicas_of_hottest": len(homes.get(adapters[0], ())),
     }

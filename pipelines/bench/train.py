@@ -91,9 +91,10 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     optimizer = new_optimizer(learner.hypernetwork, recipe.optimizer)
     affixes = base.affixes
 
-    def learn(batch: TrainingBatch) -> None:
-        loss, _ = learner(batch.to(device))
-        loss.backward()
+    def learn(*batches: TrainingBatch) -> None:
+        for batch in batches:
+            loss, _ = learner(batch.to(device))
+            loss.backward()
         _finish_step(learner, optimizer, recipe)
 
     def learn_from_ray(data: StepData) -> dict[str, float]:
@@ -102,7 +103,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         return averaged(metrics, data)
 
     once, each = _with_questions(config, stages[0], affixes, base.pad_id)
-    seconds = interleaved({"once": lambda: learn(once), "each": lambda: [learn(b) for b in each]}, config.rounds)
+    seconds = interleaved({"once": lambda: learn(once), "each": lambda: learn(*each)}, config.rounds)
     report = {"encode_once_ratio": seconds["each"] / seconds["once"], "encode_once_seconds": seconds}
     return report | _against_memory(config, recipe, stages, affixes, base.pad_id, learn, learn_from_ray)
 

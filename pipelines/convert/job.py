@@ -84,7 +84,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     # As it was before the folders were listed: what another job or an upload adds meanwhile has not vanished.
     before = _last_events(catalogue, config.tenant) if folders else []
     cluster.connect()
-    listing = list_documents(config.documents, config.sources)
+    listing = list_documents(config.documents, config.sources, config.store)
     if listing.ignored:
         print(f"{listing.ignored} files of other kinds are left out", file=sys.stderr)
     settings = dataclasses.replace(config, documents=config.documents[:10])

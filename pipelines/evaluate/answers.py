@@ -18,9 +18,9 @@ from typing import Any, Generic, Literal, TypeVar
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from d2l.config import from_dict, load_json, save_json, to_dict
+from d2l.config import from_dict, load_json, to_dict
 from d2l.errors import UserError
-from d2l.storage import one_line
+from d2l.storage import Storage, one_line
 from pipelines import tracking
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.tracking import TrackingConfig
@@ -50,7 +50,7 @@ class Answers:
     tokens_read: int | None = None
     """Of `in_context`: tokens of the document in the prompt, fewer than it has where it was truncated."""
     seconds_per_document: float | None = None
-    """Time to internalize, or to prefill, this document alone; None where it was not taken."""
+    """Time to internalize, to prefill, or to train a LoRA for this document alone; None where it was not taken."""
     seconds_per_answer: float | None = None
     """Time from one question to the end of its answer, alone; None where it was not taken."""
 
@@ -83,12 +83,12 @@ class Evaluation(Generic[Setting]):
 
     @staticmethod
     def open(folder: Path, setting: Setting, name: str, config: EvaluateConfig) -> TrackingConfig:
-        """The MLflow run of the folder: the one it has, or a new one with this name and the parameters of `config`.
+        """The MLflow run that `config` names, that the folder has, or a new one with this name and its parameters.
 
         Raises:
             UserError: the folder holds answers of another setting, or cannot be written.
         """
-        run_id = ""
+        before, tracked = None, config.tracking
         if (folder / "evaluation.json").exists():
             before = Evaluation.load(folder, type(setting))
             was, now = to_dict(before.setting), to_dict(setting)
@@ -96,20 +96,21 @@ class Evaluation(Generic[Setting]):
                 raise UserError(
                     f"{folder}: holds answers of another setting ({'; '.join(changed)}); give another --output"
                 )
-            run_id = before.mlflow_run
-        record = tracking.open_run(replace(config.tracking, run_id=run_id), name, config, tracking.git_tags())
-        Evaluation(setting, record.run_id).save(folder)
+            tracked = replace(tracked, run_id=tracked.run_id or before.mlflow_run)
+        record = tracking.open_run(tracked, name, config, tracking.git_tags())
+        if (evaluation := Evaluation(setting, record.run_id)) != before:
+            evaluation.save(folder)
         return record
 
     def save(self, folder: Path) -> None:
-        """Write it; the folder is created if need be.
+        """Write it, whole or not at all; the folder is created if need be.
 
         Raises:
             UserError: it cannot be written.
         """
+        text = json.dumps(to_dict(self), indent=2, sort_keys=True) + "\n"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_json(to_dict(self), folder / "evaluation.json")
+            Storage(folder).replace("evaluation.json", text.encode())
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({one_line(error)})") from error
 
@@ -207,7 +208,8 @@ def running(setting: Any, trial: type[Trial], name: str, config: EvaluateConfig)
         folder = (config.output or Path(stack.enter_context(TemporaryDirectory()))).absolute()
         record = Evaluation.open(folder, setting, name, config)
         client = stack.enter_context(tracking.closing(record))
-        client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
+        with tracking.forgiven("the fingerprint"):
+            client.log_param(record.run_id, "hypernetwork_fingerprint", setting.hypernetwork)
         log = AnswerLog(folder, trial)
         log.repair()
         yield Running(folder, record.run_id, client, log)

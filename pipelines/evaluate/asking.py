@@ -1,12 +1,13 @@
 """Asks questions about documents under every condition, and takes the time.
 
-Documents share batches for their answers; times are taken of documents run alone, after they ran in a batch, so that
+Documents share batches for their answers; times are taken of documents run alone, after they ran before, so that
 nothing is run for the first time.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from d2l.tasks.sample import Sample
 from pipelines.ask import kv_cache_bytes
 from pipelines.evaluate.answers import Answers, Condition
 from pipelines.evaluate.baselines import InContext
+
+T = TypeVar("T")
 
 
 class Asker:
@@ -47,36 +50,35 @@ class Asker:
                     answers=tuple(next(answers) for _ in sample.questions),
                     rank=rank,
                     extra_bytes=adapter.nbytes if adapter else 0,
-                    seconds_per_answer=self.seconds(alone) if take else None,
+                    seconds_per_answer=self.clocked(alone)[1] if take else None,
                 )
             )
         return result
 
-    def ask_in_context(self, sample: Sample, adapter: Adapter | None = None) -> Answers:
-        """Ask with the document in the prompt, read once for all its questions."""
+    def ask_in_context(self, sample: Sample, adapter: Adapter | None = None, timed: bool = False) -> Answers:
+        """Ask with the document in the prompt, read once for all its questions; once more each if it is timed."""
         reader = InContext(self.model.base, self.sampling, adapter)
-        began = time.perf_counter()
-        read = reader.read(sample.document, sample.questions)
-        self._finish()
-        reading = time.perf_counter() - began
-        began = time.perf_counter()
-        answers = tuple(reader.answer(read, question) for question in sample.questions)
+        reading = partial(reader.read, sample.document, sample.questions)
+        if timed:
+            reading()
+        read, seconds = self.clocked(reading)
+        alone = partial(reader.answer, read, sample.questions[0])
         return Answers(
             condition="in_context",
-            answers=answers,
+            answers=tuple(reader.answer(read, question) for question in sample.questions),
             extra_bytes=kv_cache_bytes(self.model.base, len(read.prefix)),
             tokens_read=read.tokens,
-            seconds_per_document=reading,
-            seconds_per_answer=(time.perf_counter() - began) / len(answers),
+            seconds_per_document=seconds if timed else None,
+            seconds_per_answer=self.clocked(alone)[1] if timed else None,
         )
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """How long `work` takes."""
+    def clocked(self, work: Callable[[], T]) -> tuple[T, float]:
+        """What `work` gives, and the seconds it takes."""
         self._finish()
         began = time.perf_counter()
-        work()
+        result = work()
         self._finish()
-        return time.perf_counter() - began
+        return result, time.perf_counter() - began
 
     def _finish(self) -> None:
         """Wait for a GPU, which works behind Python's back."""

@@ -14,6 +14,7 @@ from d2l import generation
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
 from d2l.chat import chat_text, document_question
+from d2l.chunking import text_ids
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
@@ -61,8 +62,7 @@ class InContext:
             raise UserError(
                 f"base model {self.base.name}: its window of {self.window} tokens has no room for documents"
             )
-        encoded = self.base.tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids = without_middle(encoded["input_ids"], room)
+        ids = without_middle(text_ids(document, self.base.tokenizer), room)
         prefix = before + ids
         cache = DynamicCache()
         with inject(self.base, *place_rows(self.base, [self.adapter])):

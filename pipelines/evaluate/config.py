@@ -25,7 +25,7 @@ class EvaluateConfig:
     workers: int = 1
     """Evaluating actors."""
     gpus_per_worker: float = 0
-    """GPUs of one actor."""
+    """GPUs of one actor; on the CPU if 0."""
     output: Path | None = None
     """Folder for what is found, where the same command continues; a passing one by default."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

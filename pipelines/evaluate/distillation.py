@@ -2,7 +2,8 @@
 
 The base model with the document in its prompt answers questions, and the LoRA learns its log-probabilities along these
 answers without the document (Doc-to-LoRA, arXiv 2602.15902, compares itself to this). The questions are those that will
-be asked (oracle), or what the base model itself writes about the document.
+be asked (oracle), or what the base model itself writes about the document, asked until enough of it passes the filters:
+most of what small models write does not.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,11 @@ from pipelines.teacher import Teacher, answer_ids
 from pipelines.training.batches import PackedBatch, collate
 from pipelines.training.learner import MetaLearner
 from pipelines.training.tasks import Document
+
+_ENOUGH_QUESTIONS = 4
+_TRIES = 8
+_TEMPERATURE = 0.8
+"""Of the tries after the first, which is greedy."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,27 @@ class Distiller:
         self._teacher = Teacher(model.base, processes=processes)
 
     def generated_questions(self, document: str) -> list[str]:
-        """What the base model asks about a document, as far as it passes the filters of `d2l prepare`; maybe none."""
-        config = QuestionConfig()
-        prompts = question_prompts(document, self._model.base.tokenizer, config)
-        sampling = SamplingConfig(config.max_question_tokens)
-        completions = self._model.generate_batch(prompts, [None] * len(prompts), sampling)
-        return filter_questions(completions, document, config)[0]
+        """What the base model asks about a document, as far as it passes the filters of `d2l prepare`; maybe none.
+
+        As there, passages that do not fit the window are left out.
+        """
+        base, config = self._model.base, QuestionConfig()
+        room = base.window - config.max_question_tokens
+        written = question_prompts(document, base.tokenizer, config)
+        prompts = [each for each in written if len(base.prompt_ids([{"role": "user", "content": each}])) <= room]
+        if not prompts:
+            return []
+        completions: list[str | None] = []
+        questions: list[str] = []
+        with torch.random.fork_rng():
+            for seed in range(_TRIES):
+                torch.manual_seed(seed)  # the same document again gets the same questions
+                sampling = SamplingConfig(config.max_question_tokens, _TEMPERATURE if seed else 0.0)
+                completions += self._model.generate_batch(prompts, [None] * len(prompts), sampling)
+                questions = filter_questions(completions, document, config)[0]
+                if len(questions) >= _ENOUGH_QUESTIONS:
+                    break
+        return questions
 
     def __call__(self, document: str, questions: Sequence[str]) -> Adapter | None:
         """The document's LoRA; None where there is no question to learn from, or the document exceeds the window."""

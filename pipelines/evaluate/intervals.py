@@ -25,7 +25,7 @@ def bootstrap(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
 
     Args:
         sums: [documents], of what is averaged.
-        sizes: [documents], how many it is the sum of.
+        sizes: [documents], how many it is the sum of; or sums of something else, for the interval of a ratio.
     """
     drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLED, len(sums)))
     tails = (1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2

@@ -35,7 +35,8 @@ class Examiner:
         self.config = config
         self.ranks = sorted((rank for rank in config.ranks if rank), reverse=True)
         limits = InternalizeConfig(max_rank=self.ranks[0])
-        self.model = DocToLora.from_pretrained(config.hypernetwork, config.base, config=limits)
+        device = "cuda" if config.gpus_per_worker else "cpu"
+        self.model = DocToLora.from_pretrained(config.hypernetwork, config.base, device, config=limits)
         self.asker = Asker(self.model, _SAMPLING)
         self.prose = haystack_texts(config)
         self.last: dict[int, Adapter] = {}
@@ -53,7 +54,7 @@ class Examiner:
         timed = [task["timed"] for task in tasks]
         adapters = self.model.internalize([sample.document for sample in samples])
         seconds = [
-            self.asker.seconds(partial(self.model.internalize, sample.document)) if take else None
+            self.asker.clocked(partial(self.model.internalize, sample.document))[1] if take else None
             for sample, take in zip(samples, timed, strict=True)
         ]
         stored = self.asker.ask("adapter", samples, adapters, timed, self.ranks[0])
@@ -68,7 +69,7 @@ class Examiner:
         asked: list[list[Answers]] = [list(row) for row in zip(*columns, strict=True)]
         for answers, sample, task in zip(asked, samples, tasks, strict=True):
             if task["in_context"]:
-                answers.append(self.asker.ask_in_context(sample))
+                answers.append(self.asker.ask_in_context(sample, timed=task["timed"]))
         config, device = self.config, self.asker.device()
         return [
             Trial(

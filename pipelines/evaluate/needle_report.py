@@ -155,10 +155,10 @@ def _markdown(result: dict[str, Any], results: Sequence[Score]) -> str:
     parts = [
         f"# Needles found by hypernetwork {result['hypernetwork']} for {result['base']}\n\n"
         "A right answer is the whole number and nothing else; base models often say more, so beside it stands the "
-        "share of answers with the number in them. Intervals: 95%, Wilson. Seconds: medians of documents run "
-        f"alone on {'; '.join(result['devices'])}; per document to internalize it or to read it into a KV cache, "
-        "per answer until it ends. MB: what must be kept of a document to ask again. MLflow: "
-        f"{', '.join(result['mlflow_runs'])}.\n"
+        "share of answers with the number in them. Intervals: 95%, Wilson; where documents have several needles, "
+        f"bootstrap over documents. Seconds: medians of documents run alone on {'; '.join(result['devices'])}; per "
+        "document to internalize it or to read it into a KV cache, per answer until it ends. MB: what must be kept of "
+        f"a document to ask again. MLflow: {', '.join(result['mlflow_runs'])}.\n"
     ]
     for group in _settings(results):
         parts.append(

@@ -10,7 +10,8 @@ document has. Rows:
 - `tuned_reader`: such a one that was trained, and is asked, with the document in the prompt, the most one can hope for;
 - `context_distillation`: a LoRA trained for this document, on questions that the base model writes about it, and
   `context_distillation_oracle`, on those that are asked (see `distillation`); none where the document exceeds the
-  window, so those answers are the base model's;
+  window or no question passes the filters, so those answers are the base model's, and the report says of how many
+  documents they are;
 - `d2l_wrong_document`: another document's adapter; `d2l`; `d2l_rank32` and the like: its adapter compressed further.
 
 Answers are written down as they come: the same command into the same folder continues where it stopped.
@@ -54,7 +55,9 @@ _COMPRESSED = re.compile(r"d2l_rank[1-9]\d*")
 _BATCH_DOCUMENTS = 16
 """Documents that an actor takes at a time, at most ..."""
 _BATCH_QUESTIONS = 128
-"""... and questions, about, though never fewer than two documents: the wrong adapter is the other's."""
+"""... and questions, about ..."""
+_BATCH_CHARACTERS = 100_000
+"""... and characters, about, though never fewer than two documents: the wrong adapter is the other's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ class EvaluateQaConfig(ExaminerConfig):
     split: str | None = "dev"
     """Only rows with this value in the column `split`; None for all."""
     samples: int = 500
-    """Questions at most."""
+    """Questions at most; `--samples 50 --per-document 1` is enough where rows train a LoRA for every document."""
     per_document: int = 4
     """Questions about one document at most."""
     join: str = "context"
@@ -158,9 +161,10 @@ def _evaluate(name: str, config: ExaminerConfig, exams: list[Exam]) -> dict[str,
             _run(config, batches, len(exams), done, log)
         places = {(exam.group, exam.number): place for place, exam in enumerate(exams)}
         trials = sorted(log.read(), key=lambda trial: places[trial.group, trial.number])  # answers came in any order
-        found, differences = scores(trials, config.rows)
+        found, differences, ratios = scores(trials, config.rows)
         about = {"hypernetwork": setting.hypernetwork, "base": setting.base, "mlflow_runs": [evaluation.run_id]}
-        result = qa_report.write(folder, found, differences, about | {"devices": sorted({t.device for t in trials})})
+        about["devices"] = sorted({trial.device for trial in trials})
+        result = qa_report.write(folder, found, differences, ratios, about)
         evaluation.score(
             (f"{score.group.replace(' ', '_')}/{score.name}/{measure}", getattr(score, measure), 0)
             for score in found
@@ -181,7 +185,12 @@ def _check(config: ExaminerConfig, data: str) -> Setting:
         raise UserError("--rows needs at least one row, each once")
     if config.workers < 1 or config.timed < 0:
         raise UserError("--workers must be at least 1, --timed at least 0")
-    ranks = (int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row)
+    ranks = [int(row.removeprefix("d2l_rank")) for row in config.rows if "rank" in row]
+    if (largest := max(ranks, default=0)) > config.rank:
+        raise UserError(
+            f"--rows d2l_rank{largest}: more than --rank {config.rank}, which adapters are compressed from; give "
+            f"--rank {largest}, or leave the row out"
+        )
     hypernetwork, base = config.subject([config.rank, *ranks])
     others = tuple(_one_for_all(folder) for folder in (config.static, config.tuned_reader) if folder)
     return Setting(
@@ -204,12 +213,14 @@ def _batches(exams: list[Exam]) -> list[list[Exam]]:
         own: list[list[Exam]] = [[]]
         for exam in (exam for exam in exams if exam.group == group):
             questions = sum(len(e.sample.questions) for e in own[-1])
-            full = len(own[-1]) == _BATCH_DOCUMENTS or questions >= _BATCH_QUESTIONS
+            characters = sum(len(e.sample.document) for e in own[-1])
+            full = questions >= _BATCH_QUESTIONS or characters >= _BATCH_CHARACTERS or len(own[-1]) == _BATCH_DOCUMENTS
             if full and len(own[-1]) > 1:
                 own.append([])
             own[-1].append(exam)
         if len(own) > 1 and len(own[-1]) == 1:
-            own[-2] += own.pop()
+            (left,) = own.pop()
+            own[-1].append(left)
         batches += own
     return batches
 

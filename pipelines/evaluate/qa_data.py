@@ -3,23 +3,24 @@
 import hashlib
 import json
 import random
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from d2l.chunking import check_text
 from d2l.errors import UserError
 from d2l.storage import Storage
 from d2l.tasks.facts import FactsConfig, make_facts
 from d2l.tasks.sample import Sample
 from pipelines.prepare.rows import SPLITS
 from pipelines.prose import arrow_reported
-
-_COLUMNS = ("context", "question", "answers")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def from_parquet(
 ) -> list[Exam]:
     """Documents of a file with the columns `context`, `question`, `answers` (a list), and `split` if one is asked for.
 
+    Rows whose context is no text, blank or with NUL bytes, are left out; how many is said on standard error.
+
     Args:
         path: local or remote (fsspec); or the folder of a training set, as `d2l prepare` makes it.
         split: only rows of this one.
@@ -51,7 +54,7 @@ def from_parquet(
             without one are left out.
 
     Raises:
-        UserError: no such file, columns or split, it is damaged, or too few documents.
+        UserError: no such file, columns or split, a column of another type, it is damaged, or too few documents.
     """
     storage = Storage(path)
     with arrow_reported(path):
@@ -59,11 +62,16 @@ def from_parquet(
         rows = (_of_set if is_set else _of_file)(storage, split, join)
     contexts: dict[str, dict[str, None]] = defaultdict(dict)  # of each document, each once
     documents: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    left_out = 0
     for row in rows:
-        answers = _right_answers(row["answers"], path)
-        if row["context"] and row["question"] and row[join] and answers:
+        answers = _right_answers(row["answers"])
+        if not is_text(row["context"] or ""):
+            left_out += 1
+        elif row["question"] and row[join] and answers:
             contexts[row[join]][row["context"]] = None
             documents[row[join]].append((row["question"], answers))
+    if left_out:
+        print(f"{path}: {left_out} rows whose context is blank or no text are left out", file=sys.stderr)
     rng = random.Random(seed)
     exams: list[Exam] = []
     left = questions
@@ -80,17 +88,23 @@ def from_parquet(
     return exams
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be internalized."""
+    try:
+        check_text(text)
+    except UserError:
+        return False
+    return True
+
+
 def _of_file(storage: Storage, split: str | None, join: str) -> list[dict[str, Any]]:
     path, where = storage.root, {"filesystem": storage.arrow_filesystem}
     if not storage.exists(""):
         raise UserError(f"{path}: no such file")
-    names = pq.read_schema(storage.path(), **where).names
-    wanted = list(dict.fromkeys([*_COLUMNS, *(["split"] if split else []), join]))
-    if missing := [name for name in wanted if name not in names]:
-        raise UserError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(names)}, and {', '.join(wanted)} are needed"
-        )
-    table = pq.read_table(storage.path(), columns=wanted, **where)
+    wanted = {"context": "texts", "question": "texts", "answers": "texts, or lists of texts"}
+    wanted |= dict.fromkeys(["split", join] if split else [join], "texts")
+    _check_columns(pq.read_schema(storage.path(), **where), wanted, path)
+    table = pq.read_table(storage.path(), columns=list(wanted), **where)
     if split:
         splits = pc.unique(table["split"]).to_pylist()
         if split not in splits:
@@ -108,14 +122,51 @@ def _of_set(storage: Storage, split: str | None, join: str) -> list[dict[str, An
         raise UserError(
             f"{storage.root}: no {split or 'training set'} in it; give a Parquet file, or what d2l prepare made"
         )
-    columns = ["document", "questions", "answers"]
+    wanted = {"document": "texts", "questions": "lists of texts", "answers": "lists of texts"}
     where = {"filesystem": storage.arrow_filesystem}
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        _check_columns(pq.read_schema(storage.path(file), **where), wanted, storage.url(file))
+        rows += pq.read_table(storage.path(file), columns=list(wanted), **where).to_pylist()
     return [
         {"context": row["document"], "question": question, "answers": answer}
-        for file in files
-        for row in pq.read_table(storage.path(file), columns=columns, **where).to_pylist()
+        for row in rows
         for question, answer in zip(row["questions"], row["answers"], strict=True)
     ]
+
+
+def _check_columns(schema: pa.Schema, wanted: dict[str, str], path: str) -> None:
+    """Refuse what has not all columns `wanted`, by name, each of its kind in `_KINDS`."""
+    for name, kind in wanted.items():
+        if name not in schema.names:
+            raise UserError(
+                f"{path}: no column {name!r}; it has {', '.join(schema.names)}, and {', '.join(wanted)} are needed"
+            )
+        if not _KINDS[kind](found := schema.field(name).type):
+            raise UserError(f"{path}: column {name!r} needs {kind}; it has {found}")
+
+
+def _are_texts(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _are_lists(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _are_texts(kind.value_type)
+
+
+def _are_answers(kind: pa.DataType) -> bool:
+    """Texts, lists of them, or as SQuAD on the hub has them, {text: [...], answer_start: [...]}."""
+    if pa.types.is_struct(kind) and "text" in kind.names:
+        return _are_lists(kind.field("text").type)
+    return _are_texts(kind) or _are_lists(kind)
+
+
+_KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "texts": _are_texts,
+    "lists of texts": _are_lists,
+    "texts, or lists of texts": _are_answers,
+}
 
 
 def from_facts(
@@ -171,11 +222,9 @@ def digest(exams: list[Exam]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _right_answers(given: Any, path: str) -> tuple[str, ...]:
-    """Each once: of a list, of one text, or as SQuAD on the hub has them, {text: [...], answer_start: [...]}."""
+def _right_answers(given: Any) -> tuple[str, ...]:
+    """Each once, of what `_are_answers`."""
     listed = given.get("text") if isinstance(given, dict) else [given] if isinstance(given, str) else given
-    if not all(isinstance(answer, str | None) for answer in listed or ()):
-        raise UserError(f"{path}: column 'answers' needs texts, or lists of texts; a row has {str(given)[:80]}")
     return tuple(dict.fromkeys(answer.strip() for answer in listed or () if answer and answer.strip()))
 
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -34,9 +33,9 @@ class Examiner:
 
     def __init__(self, config: "ExaminerConfig"):
         self.config = config
-        model = DocToLora.from_pretrained(
-            config.hypernetwork, config.base, config=InternalizeConfig(max_rank=config.rank)
-        )
+        limits = InternalizeConfig(max_rank=config.rank)
+        device = "cuda" if config.gpus_per_worker else "cpu"
+        model = DocToLora.from_pretrained(config.hypernetwork, config.base, device, config=limits)
         self.model, self.asker = model, Asker(model, _SAMPLING)
         self.distiller = Distiller(model, config.distillation, _SAMPLING, config.workers)
         baselines = {"static": config.static, "tuned_reader": config.tuned_reader}
@@ -57,7 +56,8 @@ class Examiner:
 
     def _examine(self, exams: list[Exam], timed: list[bool]) -> list[Trial]:
         samples = [exam.sample for exam in exams]
-        adapters = self.model.internalize([sample.document for sample in samples])
+        internalized = any(row.startswith("d2l") for row in self.config.rows)
+        adapters = self.model.internalize([sample.document for sample in samples]) if internalized else []
         columns = [self._row(row, samples, adapters, timed) for row in self.config.rows]
         return [
             Trial(exam.group, exam.number, exam.sample.questions, exam.expected, tuple(asked), self.asker.device())
@@ -66,7 +66,8 @@ class Examiner:
 
     def _row(self, row: str, samples: list[Sample], adapters: list[Adapter], timed: list[bool]) -> list[Answers]:
         if row in ("in_context", "tuned_reader"):
-            return [self.asker.ask_in_context(sample, self.baselines.get(row)) for sample in samples]
+            reader = self.baselines.get(row)
+            return [self.asker.ask_in_context(each, reader, take) for each, take in zip(samples, timed, strict=True)]
         if row == "static":
             asked = self.asker.ask("static", samples, [self.baselines[row]] * len(samples), timed)
             return [dataclasses.replace(a, extra_bytes=0) for a in asked]  # nothing is kept of any document
@@ -80,16 +81,17 @@ class Examiner:
             rank = int(row.removeprefix("d2l_rank"))
             return self.asker.ask("adapter", samples, [a.compress(rank) for a in adapters], timed, rank)
         asked = self.asker.ask("adapter", samples, adapters, timed, self.config.rank)
-        seconds: list[Any] = [
-            self.asker.seconds(partial(self.model.internalize, sample.document)) if take else None
+        seconds = [
+            self.asker.clocked(partial(self.model.internalize, sample.document))[1] if take else None
             for sample, take in zip(samples, timed, strict=True)
         ]
         return [dataclasses.replace(a, seconds_per_document=s) for a, s in zip(asked, seconds, strict=True)]
 
     def _distilled(self, sample: Sample, oracle: bool) -> Answers:
-        began = time.perf_counter()
-        questions = sample.questions if oracle else self.distiller.generated_questions(sample.document)
-        adapter = self.distiller(sample.document, questions)
-        seconds = time.perf_counter() - began
+        def trained() -> Adapter | None:
+            questions = sample.questions if oracle else self.distiller.generated_questions(sample.document)
+            return self.distiller(sample.document, questions)
+
+        adapter, seconds = self.asker.clocked(trained)
         (asked,) = self.asker.ask("distilled", [sample], [adapter], [False])
-        return dataclasses.replace(asked, seconds_per_document=seconds)
+        return dataclasses.replace(asked, seconds_per_document=seconds if adapter else None)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
 from d2l.config import from_dict, save_json, to_dict
 from d2l.errors import UserError
 from d2l.storage import one_line
-from pipelines.evaluate.qa_scores import Difference, Score
+from pipelines.evaluate.qa_scores import Difference, Ratio, Score
 
 matplotlib.use("Agg")
 _FILES = ("results.json", "results.md", "scores.png")
@@ -22,17 +23,23 @@ _COLORS = {
     "d2l_wrong_document": "#8a8a8a",
     "static": "#5f9e8f",
     "tuned_reader": "#f0b27a",
+    "context_distillation": "#7d5ba6",
+    "context_distillation_oracle": "#b9a1d4",
     "d2l": "#2563a8",
 }
-_COMPRESSED = "#8fb4d9"
 _DIFFERENCES = {
     "document_gain": "The right document's adapter against another's",
     "interference": "Another document's adapter against none",
 }
+_RATIOS = {"of_tuned_reader": "F1 with the right document's adapter as a share of the tuned reader's"}
 
 
 def write(
-    folder: Path, found: Sequence[Score], differences: Sequence[Difference], about: dict[str, Any]
+    folder: Path,
+    found: Sequence[Score],
+    differences: Sequence[Difference],
+    ratios: Sequence[Ratio],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Write table and plot.
 
@@ -40,15 +47,17 @@ def write(
         folder: created if need be.
         found: scores, groups together.
         differences: between its rows.
+        ratios: between its rows.
         about: `hypernetwork` (fingerprint), `base`, `mlflow_runs`, `devices`.
 
     Returns:
-        `about`, `rows`, see `Score`, and `differences`, see `Difference`; as in results.json.
+        `about`, `rows`, see `Score`, `differences`, see `Difference`, and `ratios`, see `Ratio`; as in results.json.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    result = about | {"rows": [to_dict(s) for s in found], "differences": [to_dict(d) for d in differences]}
+    records = {"rows": found, "differences": differences, "ratios": ratios}
+    result = about | {name: [to_dict(record) for record in several] for name, several in records.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_json(result, folder / "results.json")
@@ -80,7 +89,8 @@ def _markdown(result: dict[str, Any]) -> str:
         "| s/document | s/answer | MB |\n"
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
     ]
-    for score in (from_dict(Score, record) for record in result["rows"]):
+    table = [from_dict(Score, record) for record in result["rows"]]
+    for score in table:
         cells = (
             score.group,
             score.name,
@@ -96,9 +106,16 @@ def _markdown(result: dict[str, Any]) -> str:
             f"{score.extra_bytes / 1e6:.1f}" if score.extra_bytes else "",
         )
         parts.append(f"| {' | '.join(cells)} |\n")
+    for score in table:
+        if score.trained is not None:
+            trained = f"a LoRA was trained for {score.trained} of {score.documents} documents"
+            parts.append(f"\n{score.name} ({score.group}): {trained}; the others' answers are the base model's.\n")
     for found in (from_dict(Difference, record) for record in result["differences"]):
         interval = f"{found.f1:+.3f} F1, {found.low:+.3f} to {found.high:+.3f}"
         parts.append(f"\n{_DIFFERENCES[found.name]} ({found.group}): {interval}.\n")
+    for share in (from_dict(Ratio, record) for record in result["ratios"]):
+        interval = f"{share.f1:.1%}, {share.low:.1%} to {share.high:.1%}"
+        parts.append(f"\n{_RATIOS[share.name]} ({share.group}): {interval}.\n")
     return "".join(parts)
 
 
@@ -108,6 +125,7 @@ def _plot(found: Sequence[Score], path: Path) -> None:
 
     groups = {group: list(members) for group, members in groupby(found, lambda score: score.group)}
     names = list(dict.fromkeys(score.name for score in found))
+    colors = _colors(names)
     width = 0.8 / len(names)
     size = (max(6.0, 1.5 + 0.9 * len(groups) * len(names) ** 0.5) * 2, 3.8)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
@@ -121,8 +139,8 @@ def _plot(found: Sequence[Score], path: Path) -> None:
                 [max(0, high - h) for h, (_, high) in zip(heights, ends, strict=True)],
             ]
             places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
-            color = _COLORS.get(name, _COMPRESSED)
-            axis.bar(places, heights, width * 0.92, yerr=errors, color=color, label=name, error_kw={"linewidth": 1})
+            style = {"color": colors[name], "label": name, "error_kw": {"linewidth": 1}}
+            axis.bar(places, heights, width * 0.92, yerr=errors, **style)
         axis.set_xticks(range(len(groups)), list(groups))
         axis.set_title(f"{title}, 95% intervals", fontsize=10)
         axis.set_ylim(0, 1)
@@ -132,3 +150,10 @@ def _plot(found: Sequence[Score], path: Path) -> None:
     axes[1].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _colors(names: Sequence[str]) -> dict[str, Any]:
+    """Of each row one; compressed adapters' are the lighter the smaller their rank."""
+    compressed = sorted(set(names) - set(_COLORS), key=lambda name: int(name.removeprefix("d2l_rank")), reverse=True)
+    shades = matplotlib.colormaps["Blues"](np.linspace(0.6, 0.25, len(compressed)))
+    return _COLORS | dict(zip(compressed, shades, strict=True))

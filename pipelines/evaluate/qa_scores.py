@@ -22,6 +22,11 @@ class Score:
     """What the base model had of them."""
     n: int
     """Questions."""
+    documents: int
+    """Documents that they are about."""
+    trained: int | None
+    """Of LoRAs trained for a document: how many documents have one, the others' answers being the base model's; None of
+    other rows."""
     f1: float
     """Mean of SQuAD's F1."""
     f1_low: float
@@ -70,18 +75,38 @@ class Difference:
     """Its upper end."""
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """One row's F1 as a share of another's on the questions of a group, and the 95% interval over documents."""
+
+    group: str
+    """Which documents."""
+    name: str
+    """`of_tuned_reader`: the right document's adapter, of a reader that has the document in the prompt."""
+    f1: float
+    """F1 divided by F1."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    """Its upper end."""
+
+
 _DIFFERENCES = {
     "document_gain": ("d2l", "d2l_wrong_document"),
     "interference": ("d2l_wrong_document", "no_document"),
 }
+_RATIOS = {"of_tuned_reader": ("d2l", "tuned_reader")}
 
 
-def scores(trials: Iterable[Trial], rows: Sequence[str]) -> tuple[list[Score], list[Difference]]:
-    """Scores of every group and row, and the differences between rows that were asked."""
+def scores(trials: Iterable[Trial], rows: Sequence[str]) -> tuple[list[Score], list[Difference], list[Ratio]]:
+    """Scores of every group and row, and the differences and ratios between rows that were asked.
+
+    There is no ratio to a row that answers so little that its F1 could as well be 0.
+    """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.group, []).append(trial)
-    found, differences = [], []
+    found, differences, ratios = [], [], []
     for group, members in groups.items():
         values = {row: _values([t.asked[i] for t in members], members) for i, row in enumerate(rows)}
         sizes = np.array([len(trial.questions) for trial in members])
@@ -92,7 +117,14 @@ def scores(trials: Iterable[Trial], rows: Sequence[str]) -> tuple[list[Score], l
             if better in values and worse in values:
                 sums = values[better]["f1"] - values[worse]["f1"]
                 differences.append(Difference(group, name, float(sums.sum() / sizes.sum()), *bootstrap(sums, sizes)))
-    return found, differences
+        for name, (part, whole) in _RATIOS.items():
+            if part in values and whole in values:
+                sums, of = values[part]["f1"], values[whole]["f1"]
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    ends = bootstrap(sums, of)
+                if np.isfinite(ends).all():
+                    ratios.append(Ratio(group, name, float(sums.sum() / of.sum()), *ends))
+    return found, differences, ratios
 
 
 def _values(asked: Sequence[Answers], trials: Sequence[Trial]) -> dict[str, np.ndarray]:
@@ -113,6 +145,8 @@ def _score(group: str, row: str, asked: Sequence[Answers], values: dict[str, np.
         group=group,
         name=row,
         n=int(sizes.sum()),
+        documents=len(asked),
+        trained=sum(a.extra_bytes > 0 for a in asked) if asked[0].condition == "distilled" else None,
         seconds_per_document=median(a.seconds_per_document for a in asked),
         seconds_per_answer=median(a.seconds_per_answer for a in asked),
         extra_bytes=round(statistics.median(a.extra_bytes for a in asked)),

@@ -55,7 +55,17 @@ MEASURES: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 
 
 def measured(answer: str, expected: Sequence[str]) -> dict[str, float]:
-    """Every measure of an answer, against the right answer that suits it best."""
+    """Every measure of an answer, against the right answer that suits it best.
+
+    Right answers that normalising leaves no words of, an article or a sign, count where there are no others, as they
+    stand, whatever their case.
+    """
     said = words(answer)
-    known = [words(text) for text in expected]
+    known = [right for text in expected if (right := words(text))]
+    if not known:
+        said, known = [_plain(answer)], [[_plain(text)] for text in expected]
     return {name: max(measure(said, right) for right in known) for name, measure in MEASURES.items()}
+
+
+def _plain(text: str) -> str:
+    return text.casefold().strip()

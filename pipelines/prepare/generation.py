@@ -7,15 +7,19 @@ Two engines: transformers, in actors of our own, on CPUs or GPUs; and vLLM throu
 is written to the interface of Ray 2.60 and has not been run: vLLM is not among our dependencies.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from d2l.base_model import load_base_model, resolve
+from d2l.base_model import BUNDLED_MODELS, load_base_model, resolve
+from d2l.chat import prompt_ids
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig, generate
 from pipelines import cluster
@@ -95,6 +99,20 @@ def from_requests(requests: pa.Table) -> Iterator[tuple[Row, list[Completion]]]:
         yield document, [Completion(request["completion"], request["ended"]) for request in asked]
 
 
+def check_engine(config: GenerationConfig) -> None:
+    """Refuse an engine that is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.engine == "vllm":
+        try:
+            import vllm  # noqa: F401
+            from ray.data import llm  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"--engine vllm: {error}; pip install 'ray[llm]', or take --engine transformers") from error
+
+
 def complete(requests: Dataset, model: str, max_new_tokens: int, config: GenerationConfig, workers: Workers) -> Dataset:
     """Add columns `completion` and `ended` (see `Completion`) to requests; null where their prompt is."""
     if config.engine == "vllm":
@@ -139,24 +157,39 @@ class Completer:
 
 
 def _vllm(requests: Dataset, model: str, max_new_tokens: int, workers: Workers) -> Dataset:
-    try:
-        import vllm  # noqa: F401
-        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-    except ImportError as error:
-        raise UserError(f"--engine vllm: {error}; pip install 'ray[llm]', or take --engine transformers") from error
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
-        # Every row goes through the engine: those without a prompt cost it a token.
-        tokens = max_new_tokens if row["prompt"] is not None else 1
-        messages = [{"role": "user", "content": row["prompt"] or "-"}]
-        return {**row, "messages": messages, "sampling_params": {"temperature": 0.0, "max_tokens": tokens}}
+        prompt = row["prompt"]
+        fits = prompt is not None and _fits(model, prompt, max_new_tokens)
+        # Every row goes through the engine: those without a prompt that fits cost it a token.
+        messages = [{"role": "user", "content": prompt if fits else "-"}]
+        sampling = {"temperature": 0.0, "max_tokens": max_new_tokens if fits else 1}
+        # The engine puts the prompt in the chat template in the place of `prompt`.
+        return {**row, "asked": prompt, "fits": fits, "messages": messages, "sampling_params": sampling}
 
     def take(row: dict[str, Any]) -> dict[str, Any]:
-        text = None if row["prompt"] is None else row["generated_text"].strip()
-        kept = {name: row[name] for name in _REQUEST.names}
+        text = row["generated_text"].strip() if row["fits"] else None
+        kept = {name: row[name] for name in _REQUEST.names} | {"prompt": row["asked"]}
         return kept | {"completion": text, "ended": row["num_generated_tokens"] < max_new_tokens}
 
     config = vLLMEngineProcessorConfig(
-        model_source=resolve(model), concurrency=workers.count, batch_size=_VLLM_BATCH, engine_kwargs={}
+        model_source=resolve(model) if model in BUNDLED_MODELS else model,  # each actor finds its own of that name
+        concurrency=workers.count,
+        batch_size=_VLLM_BATCH,
+        engine_kwargs={},
     )
     return build_processor(config, preprocess=ask, postprocess=take)(requests)
+
+
+def _fits(model: str, prompt: str, max_new_tokens: int) -> bool:
+    """Whether a prompt and its completion fit the model's window."""
+    tokenizer, window = _tokenizer_and_window(model)
+    return len(prompt_ids(tokenizer, [{"role": "user", "content": prompt}])) <= window - max_new_tokens
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_and_window(model: str) -> tuple[PreTrainedTokenizerBase, int]:
+    folder = resolve(model)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return AutoTokenizer.from_pretrained(folder), getattr(config, "max_position_embeddings", None) or sys.maxsize

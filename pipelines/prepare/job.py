@@ -33,13 +33,13 @@ import tyro
 from ray.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from d2l.base_model import parse_dtype, resolve
+from d2l.base_model import BUNDLED_MODELS, parse_dtype, resolve
 from d2l.config import to_dict
 from d2l.errors import UserError
-from d2l.storage import Storage, reported
+from d2l.storage import Storage, absolute, reported
 from pipelines import cluster
 from pipelines.prepare import answers, card, parts, questions
-from pipelines.prepare.generation import GenerationConfig, Workers, complete
+from pipelines.prepare.generation import GenerationConfig, Workers, check_engine, complete
 from pipelines.prepare.parts import Statistics
 from pipelines.prepare.questions import QuestionConfig
 from pipelines.prepare.rows import Inspected, SourceFile, inspect, list_files, read_file
@@ -58,7 +58,7 @@ class PrepareConfig:
     """How a training set is made."""
 
     documents: tyro.conf.Positional[tuple[str, ...]]
-    """Folders, globs and files of .parquet .jsonl .txt .md, local or s3://."""
+    """Folders, globs and files of .txt .md .html .htm .pdf .docx .jsonl .parquet, and Delta tables; local or s3://."""
     output: str
     """Folder of the training set, local or s3://; a job that was killed goes on in it."""
     questions: Literal["given", "generated"] = "given"
@@ -120,14 +120,19 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
     Raises:
         UserError: no such source, or one without the columns needed; the output was made from other sources or with
-            other settings, or cannot be written; nothing is left. Bad rows are no error, but counted.
+            other settings, or cannot be written; nothing is left; an engine is not installed. Bad rows are no error,
+            but counted.
+        StorageError: a source cannot be read just now; the same call goes on with what is missing.
     """
     started = time.monotonic()
     output = Storage(config.output)
-    config = dataclasses.replace(config, output=output.root)  # tasks may run in other folders than the command
+    # Tasks may run in other folders than the command.
+    base, generator = (name and absolute(name, BUNDLED_MODELS) for name in (config.base, config.generator))
+    config = dataclasses.replace(config, output=output.root, base=base, generator=generator)
     parse_dtype(config.dtype, torch.device("cpu"))
+    check_engine(config.generation)
     load_tokenizer(config.base)
-    files, ignored = list_files(config.documents, config.sources)
+    files, ignored = list_files(config.documents, config.sources, config.output)
     if ignored:
         print(f"{ignored} files of other kinds are left out", file=sys.stderr)
     cluster.connect()

@@ -44,6 +44,8 @@ RECORDS = "parts"
 """Folder of the records of finished parts."""
 STAGED = "staged"
 """Folder of staged parts; removed when all are finished."""
+_TOKENIZED_TEXTS = 64
+"""Texts whose tokens are held at a time."""
 
 Statistics = dict[str, Any]
 
@@ -194,10 +196,12 @@ def describe(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Statistics:
 
 
 def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return [len(ids) for ids in encoded["input_ids"]]
+    lengths: list[int] = []
+    for start in range(0, len(texts), _TOKENIZED_TEXTS):
+        some = texts[start : start + _TOKENIZED_TEXTS]
+        encoded = tokenizer(some, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+    return lengths
 
 
 def _parquet(table: pa.Table) -> bytes:

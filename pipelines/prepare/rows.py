@@ -4,8 +4,9 @@
 - questions: a row for each question, `context, question, answers`; of a list of answers, the first counts;
 - documents: a row for each document, its text in the column that `SourceConfig.text_column` names; and text files.
 
-A column `split` is kept; else a file in a folder `train`, `dev` or `test` belongs to that split. What cannot be used
-becomes a row with the reason, so that everything is accounted for and one bad row stops nothing.
+A column `split` is kept; else a file in a folder `train`, `dev` or `test`, which may be the source itself, belongs to
+that split. What cannot be used becomes a row with the reason, so that everything is accounted for and one bad row stops
+nothing; but where the storage fails the job ends, for it would go on without what it could not read.
 """
 
 import hashlib
@@ -18,14 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2l.chunking import check_text
-from d2l.errors import UserError
-from d2l.storage import Storage, one_line, reported
+from d2l.errors import StorageError, UserError
+from d2l.storage import Storage
 from d2l.store import check_doc_id
 from pipelines.sources import (
     KINDS,
     SourceConfig,
     delta_files,
+    file_reported,
     find_files,
+    inside,
     read_files,
     read_records,
     split_tables,
@@ -35,7 +38,7 @@ from pipelines.sources import (
 SPLITS = ("train", "dev", "test")
 """Folders of a training set. A text that is in several counts in the last: what is held out stays so."""
 SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "validation": "dev", "valid": "dev", "val": "dev"}
-"""What a column `split` may say."""
+"""What a column `split` may say, and folders may be called, in any case."""
 ROW = pa.schema(
     {
         "part": pa.int32(),  # which part of the training set it belongs to
@@ -86,8 +89,13 @@ class Inspected:
     """SHA-256 of the bytes, hex."""
 
 
-def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[SourceFile], int]:
+def list_files(sources: tuple[str, ...], config: SourceConfig, output: str = "") -> tuple[list[SourceFile], int]:
     """The files of all sources, in a fixed order, each once; and how many files of other kinds there are.
+
+    Args:
+        sources: folders, globs and files.
+        config: how documents are found in them.
+        output: see `sources.find_files`.
 
     Raises:
         UserError: a source does not exist, has no file of a known kind, or a Delta table that cannot be read.
@@ -96,14 +104,15 @@ def list_files(sources: tuple[str, ...], config: SourceConfig) -> tuple[list[Sou
     seen: set[str] = set()
     ignored = 0
     for source in sources:
-        root, files, unlisted = find_files(source)
+        root, files, unlisted = find_files(source, output)
         storage = Storage(root)
         for name, reason in unlisted.items():
             raise UserError(f"{storage.url(name)}: {reason}")
         tables, files = split_tables(storage, files)
         for url in sorted(set(tables) - seen):
             seen.add(url)
-            found += [SourceFile(len(found) + n, "parquet", url, (name,)) for n, name in enumerate(delta_files(url))]
+            names = [inside(root, url) + name for name in delta_files(url)]
+            found += [SourceFile(len(found) + n, "parquet", root, (name,)) for n, name in enumerate(names)]
         texts: dict[str, list[str]] = {"file": [], "huge": []}
         for name, size in sorted(files.items()):
             kind = KINDS.get(PurePosixPath(name).suffix.lower())
@@ -132,21 +141,18 @@ def inspect(file: SourceFile, config: SourceConfig, need_answers: bool) -> Inspe
     storage, name = Storage(file.root), file.names[0]
     hashed = hashlib.sha256()
     lines, end = 0, b"\n"
-    try:
-        for each in file.names:
-            with reported(storage.url(each)), storage.filesystem.open(storage.path(each), "rb") as stream:
-                while block := stream.read(1 << 20):
-                    hashed.update(block)
-                    lines, end = lines + block.count(b"\n"), block[-1:]
-        rows, columns = len(file.names), set[str]()
-        if file.kind == "parquet":
-            with storage.filesystem.open(storage.path(name), "rb") as stream:
-                table = pq.ParquetFile(stream)
-                rows, columns = table.metadata.num_rows, set(table.schema_arrow.names)
-        elif file.kind == "jsonl":
-            rows, columns = lines + (end != b"\n"), _first_keys(file, config)
-    except (FileNotFoundError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{storage.url(name)}: cannot be read ({one_line(error)})") from error
+    for each in file.names:
+        with file_reported(storage.url(each)), storage.filesystem.open(storage.path(each), "rb") as stream:
+            while block := stream.read(1 << 20):
+                hashed.update(block)
+                lines, end = lines + block.count(b"\n"), block[-1:]
+    rows, columns = len(file.names), set[str]()
+    if file.kind == "parquet":
+        with file_reported(storage.url(name)), storage.filesystem.open(storage.path(name), "rb") as stream:
+            table = pq.ParquetFile(stream)
+            rows, columns = table.metadata.num_rows, set(table.schema_arrow.names)
+    elif file.kind == "jsonl":
+        rows, columns = lines + (end != b"\n"), _first_keys(file, config)
     if columns:
         _check_columns(columns, config, need_answers, storage.url(name))
     more = f" and {len(file.names) - 1} more" if len(file.names) > 1 else ""
@@ -177,6 +183,8 @@ def text_digest(text: str) -> str:
 def _first_keys(file: SourceFile, config: SourceConfig) -> set[str]:
     """The columns of a JSONL file's first good line."""
     for _, record in read_records(Storage(file.root), file.names[0], file.kind, [], config):
+        if isinstance(record, StorageError):
+            raise record
         if isinstance(record, dict):
             return set(record)
     return set()
@@ -207,8 +215,10 @@ def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
             yield _unusable("too_large", f"{storage.url(name)}: more than max_bytes = {config.max_bytes:,}")
         return
     if file.kind == "file":
-        for found in read_files(storage, list(file.names)):
-            split = _folder_split(found["doc_id"])
+        for found, error in read_files(storage, list(file.names)):
+            if isinstance(error, StorageError):
+                raise error
+            split = _folder_split(file.root, found["doc_id"])
             if found["reason"]:
                 yield _unusable("unreadable", found["reason"])
                 continue
@@ -219,9 +229,11 @@ def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
                 yield _unusable("malformed", str(error))
         return
     name = file.names[0]
-    split = _folder_split(name)
+    split = _folder_split(file.root, name)
     for number, record in read_records(storage, name, file.kind, _wanted(file, storage, config), config):
         where = f"{storage.url(name)}#{number}"
+        if isinstance(record, StorageError):
+            raise record
         if isinstance(record, UserError):
             yield _unusable("unreadable", f"{where}: {record}")
             continue
@@ -235,7 +247,8 @@ def _wanted(file: SourceFile, storage: Storage, config: SourceConfig) -> list[st
     """The columns of a Parquet file that matter; a JSONL file's are all read."""
     if file.kind != "parquet":
         return []
-    names = pq.read_schema(storage.path(file.names[0]), filesystem=storage.filesystem).names
+    with file_reported(storage.url(file.names[0])):
+        names = pq.read_schema(storage.path(file.names[0]), filesystem=storage.filesystem).names
     known = {"document", "context", "questions", "question", "answers", "split", "doc_id", config.id_column}
     return [name for name in names if name in known | {config.text_column}]
 
@@ -306,5 +319,7 @@ def _unusable(reason: str, message: str) -> Row:
     return row | {"digest": text_digest(message), "reason": reason, "message": message}
 
 
-def _folder_split(name: str) -> str:
-    return next((part for part in PurePosixPath(name).parts[:-1] if part in SPLITS), "")
+def _folder_split(root: str, name: str) -> str:
+    """The split that a file's folders say, those below the root first; empty if none does."""
+    folders = [*PurePosixPath(name).parts[:-1], root.rpartition("/")[2]]
+    return next((SPLIT_NAMES[folder.lower()] for folder in folders if folder.lower() in SPLIT_NAMES), "")

@@ -5,8 +5,10 @@ are written locally first and then uploaded by a thread, while training goes on.
 """
 
 import json
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from d2l.config import load_json
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.hypernetwork import Hypernetwork
 from d2l.storage import Storage, reported
 
 MARK = "state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _RNG = "rng"
+_PAUSES = (2, 4, 8, 16, 32, 64, 128)
+"""Seconds before an upload that failed is tried again: storage that is away for minutes loses no training."""
+
+logger = logging.getLogger(__name__)
 
 
 class StepFolders:
@@ -53,7 +59,7 @@ class StepFolders:
     def writing(self, step: int, state: dict[str, Any]) -> Iterator[Path]:
         """A local folder to fill, which is uploaded in the background with `state` as its mark.
 
-        Waits for the upload before this one.
+        Waits for the upload before this one, which is tried for some minutes.
 
         Raises:
             UserError: that one failed: no space, no permission, no connection.
@@ -75,11 +81,21 @@ class StepFolders:
             upload.result()
 
     def _commit(self, local: tempfile.TemporaryDirectory, step: int, state: dict[str, Any]) -> None:
-        with local as folder, reported(self.url(step)):
+        with local as folder:
+            for pause in _PAUSES:
+                try:
+                    return self._copy(Path(folder), step, state)
+                except StorageError as error:
+                    logger.warning("%s; tried again in %d seconds", error, pause)
+                    time.sleep(pause)
+            self._copy(Path(folder), step, state)
+
+    def _copy(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        with reported(self.url(step)):
             name = _name(step)
             self._unmark(name)  # of a run that was set back
             self._storage.filesystem.makedirs(self._storage.path(name), exist_ok=True)
-            for path in Path(folder).iterdir():
+            for path in folder.iterdir():
                 self._storage.filesystem.put_file(str(path), self._storage.path(f"{name}/{path.name}"))
             _sync(self._storage)
             self._storage.create(f"{name}/{MARK}", json.dumps(state).encode())
@@ -155,7 +171,7 @@ def save_learning(folder: Path, hypernetwork: Hypernetwork, optimizer: torch.opt
     names = [name for name, _ in hypernetwork.named_parameters()]
     state = optimizer.state_dict()["state"]
     tensors = {f"{names[i]}/{key}": t.cpu() for i, values in state.items() for key, t in values.items()}
-    save_file(tensors | {_RNG: torch.get_rng_state()}, folder / _OPTIMIZER_FILE)
+    (folder / _OPTIMIZER_FILE).write_bytes(save(tensors | {_RNG: torch.get_rng_state()}))
 
 
 def restore_learning(folder: Path, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

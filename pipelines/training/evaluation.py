@@ -27,14 +27,17 @@ def evaluate(
     scores: dict[str, float] = {}
     losses = []
     for task, batches in dev.items():
-        sums = {"answer_loss": 0.0, "exact_match": 0.0}
+        loss = right = 0.0
+        documents = answers = 0
         for batch in batches:
             _, metrics = learner(collate(batch, affixes, base.pad_id).to(base.device))
-            for name in sums:
-                sums[name] += metrics[name].item() * len(batch.documents)
-        documents = sum(len(batch.documents) for batch in batches)
-        losses.append(sums["answer_loss"] / documents)
-        scores |= {f"dev_{task}_loss": losses[-1], f"dev_{task}_exact_match": sums["exact_match"] / documents}
+            asked = sum(len(document.answers) for document in batch.documents)
+            loss += metrics["answer_loss"].item() * len(batch.documents)  # a mean over documents
+            right += metrics["exact_match"].item() * asked  # and one over answers
+            documents += len(batch.documents)
+            answers += asked
+        losses.append(loss / documents)
+        scores |= {f"dev_{task}_loss": losses[-1], f"dev_{task}_exact_match": right / answers}
     return scores | {"dev_loss": sum(losses) / len(losses)}
 
 

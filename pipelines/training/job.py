@@ -150,18 +150,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: bad options, an unknown base model or checkpoint, no data, another recipe's run, or a diverged run.
     """
+    init_from = Storage(config.init_from).root if config.init_from else None
+    recipe = _with_config_of(init_from, config.recipe) if init_from else config.recipe
     if config.dry_run:
         from pipelines.training.plan import plan
 
-        return plan(config)
+        return plan(replace(config, recipe=recipe))
     if config.workers < 1 or config.recipe.batches_per_step % config.workers:
         raise UserError(
             f"{config.workers} workers cannot share the {config.recipe.batches_per_step} batches of a step equally; "
             f"give --recipe.batches-per-step a multiple of {max(1, config.workers)}"
         )
-    storage = Storage(config.output)
-    init_from = Storage(config.init_from).root if config.init_from else None
-    recipe = _anywhere(_with_config_of(init_from, config.recipe) if init_from else config.recipe)
+    storage, recipe = Storage(config.output), _anywhere(recipe)
     stages = open_stages(recipe)
     cluster.connect(worker_output=False)
     if cluster.machines() > 1 and tracking.is_default(config.tracking):
@@ -241,9 +241,7 @@ def _record(
         UserError: the folder has the run of another recipe, of other data, or from other weights.
     """
     plain = to_dict(recipe)
-    digests = {
-        source.rows.what: source.rows.digest for stage in stages for source in stage.sources if hasattr(source, "rows")
-    }
+    digests = {name: d for stage in stages for source in stage.sources for name, d in source.digests().items()}
     run_id = ""
     start = read_config(init_from)["fingerprint"] if init_from else "scratch"
     if storage.exists(_RUN_FILE):
@@ -252,7 +250,7 @@ def _record(
         reason = ""
         if differing := sorted(_differences(to_dict(there), plain)):
             reason = f"has a run of another recipe; it differs in {', '.join(differing[:8])}"
-        elif changed := sorted(w for w, digest in run.get("data", digests).items() if digests.get(w) != digest):
+        elif changed := sorted(w for w, digest in run.get("digests", {}).items() if digests.get(w) != digest):
             reason = f"has a run of other files, whose place in them is lost: {', '.join(changed)}"
         elif (other := run.get("init_from", start)) != start:
             reason = f"has a run from other weights: from {other}, not {start} ({init_from or 'no --init-from'})"
@@ -269,7 +267,7 @@ def _record(
     if record.run_id != run_id:
         with tracking.forgiven("the recipe"):
             MlflowClient(record.uri).log_dict(record.run_id, plain, "recipe.json")
-        run = {"mlflow_run": record.run_id, "recipe": plain, "data": digests, "init_from": start}
+        run = {"mlflow_run": record.run_id, "recipe": plain, "digests": digests, "init_from": start}
         storage.replace(_RUN_FILE, json.dumps(run, indent=2).encode())
     return record
 
@@ -291,7 +289,11 @@ def _differences(left: Any, right: Any, name: str = "") -> list[str]:
 
 
 def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> tuple[dict[str, float], str]:
-    """Run Ray Train; returns the last step's metrics, and the workers' dtype."""
+    """Run Ray Train; returns the last step's metrics, and the workers' dtype.
+
+    Raises:
+        UserError: a worker met one, training gave up, or workers died, more than `max_failures` times.
+    """
     teachers = config.data.teachers if any(stage.streams_teacher for stage in loop.stages) else 0
     cluster.tell_what_is_missing(
         CPU=config.workers * (1 + teachers) + 1,  # one to load with
@@ -318,6 +320,19 @@ def _fit(config: TrainConfig, loop: LoopConfig, storage: Storage) -> tuple[dict[
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         found = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        failures = list(error.worker_failures.values())
+        for failure in failures:  # of several workers one is to blame, the others only miss it
+            if isinstance(failure, UserError):
+                raise failure from error
+        deaths = [f.health_check_failure for f in failures if hasattr(f, "health_check_failure")]
+        if not deaths:  # a bug: its traceback says more
+            raise
+        reason = str(deaths[0]).strip().splitlines()[-1].rstrip(".")
+        raise UserError(
+            f"{storage.url()}: workers ended {config.max_failures + 1} times, the last: {reason}; "
+            "the same command goes on from the last checkpoint"
+        ) from error
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray Train leaves a handler of its own
             signal.signal(signal.SIGINT, on_interrupt)
@@ -331,7 +346,7 @@ def _finish(
 ) -> None:
     """Write the best weights, or without evaluation the last, to `local` and to the run's folder."""
     best, last = (StepFolders(storage.root, kind, keep=1) for kind in (BEST, CHECKPOINTS))
-    step = best.latest()
+    step = best.latest() if config.evaluate_every else None  # a best of before it was turned off is old
     source = last.url(recipe.steps) if step is None else best.url(step)
     base = load_base_model(recipe.base, "cpu", dtype)
     hypernetwork = Hypernetwork.from_pretrained(source, base, torch.float32)

@@ -4,8 +4,10 @@ Runs inside Ray Train. A step accumulates gradients over the worker's shards, th
 whatever their number. Everything is taken up where the newest checkpoint left it, by as many workers as there are now.
 """
 
+import logging
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +28,7 @@ from d2l.hypernetwork import Hypernetwork
 from pipelines import cluster
 from pipelines.recipes import OptimizerConfig, Recipe
 from pipelines.tracking import Tracker, TrackingConfig
+from pipelines.training.board import ToBoard
 from pipelines.training.checkpoints import StepFolders, fetched, restore_learning, save_learning
 from pipelines.training.evaluation import answer_samples, evaluate
 from pipelines.training.learner import MetaLearner
@@ -38,6 +41,8 @@ _SKIPPED = "skipped/"
 """Prefix of metrics that count what was left out."""
 _BAD_STEPS = 10
 """Steps in a row without a finite gradient, after which training gives up."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class LoopConfig:
     device_tflops: float | None
     tracking: TrackingConfig
     board: Any
-    """Actor that is told of every step (see `board`)."""
+    """Actor that is told of every step and warning (see `board`)."""
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -77,11 +82,17 @@ def train_worker(arguments: dict[str, LoopConfig]) -> dict[str, Any]:
     config = arguments["config"]
     recipe, context = config.recipe, ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        config.board.begin.remote()
+        logging.getLogger("pipelines").addHandler(ToBoard(config.board))
     cluster.share_cores(context.get_local_world_size())
     device = ray.train.torch.get_device()
     base = load_base_model(recipe.base, device, config.dtype)
     folders = StepFolders(config.output, CHECKPOINTS, config.keep_checkpoints)
-    state, hypernetwork, optimizer = _resume(config, base, _agreed(folders.latest()))
+    with warnings.catch_warnings(record=True) as caught:
+        state, hypernetwork, optimizer = _resume(config, base, _agreed(folders.latest()))
+    for warning in caught:
+        logger.warning("%s", warning.message)
     learner = MetaLearner(base, hypernetwork, recipe.loss, recipe.gradient_checkpointing)
     parallel = ray.train.torch.prepare_model(learner, move_to_device=False)
     affixes = base.affixes

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +19,22 @@ import pyarrow.parquet as pq
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
 
+_KINDS = {
+    "document": "string",
+    "questions": "list of string",
+    "answers": "list of string",
+    "teacher_ids": "list of list of number",
+    "teacher_log_probs": "list of list of number",
+}
+"""What rows have in the columns of a training set."""
 _FOOTERS_AT_A_TIME = 16
 
 
 class RowGroups:
-    """Row groups of Parquet files of one schema. Small and picklable: holds names and sizes."""
+    """Row groups of Parquet files of one schema. Small and picklable: holds names and sizes.
+
+    Equal if they are of the same files: what is known of one in a process, its copies that come with tasks know.
+    """
 
     def __init__(
         self, what: str, files: list[str], groups: list[tuple[int, int, int]], columns: list[str], digest: str
@@ -33,6 +44,16 @@ class RowGroups:
         self.digest = digest
         """16 hex digits that change when the files do."""
         self._files, self._groups, self._columns = files, groups, columns  # groups: (file, group in it, rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowGroups) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, ...]:
+        return self.what, self.digest, *self._columns
 
     @property
     def count(self) -> int:
@@ -101,7 +122,7 @@ def open_row_groups(path: str, columns: list[str], split: str) -> RowGroups | No
         Its row groups; None if the split is `dev` and there is none.
 
     Raises:
-        UserError: no such training set, columns are missing, or a file is damaged.
+        UserError: no such training set, columns are missing or of other types, or a file is damaged.
     """
     storage = Storage(path)
     with reported(path):
@@ -127,8 +148,14 @@ def open_row_groups(path: str, columns: list[str], split: str) -> RowGroups | No
                     "Make the training set with `d2l prepare`"
                     + (" --teacher" if missing[0].startswith("teacher") else "")
                 )
+            for column in columns:
+                if (kind := _kind(file.schema_arrow.field(column).type)) != _KINDS[column]:
+                    raise UserError(
+                        f"{name}: expected column {column} to be {_KINDS[column]}, it is {kind}. "
+                        "Make the training set with `d2l prepare`"
+                    )
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            return sizes, f"{name.rsplit('/', 1)[-1]} {storage.filesystem.size(name)} {sizes}"
+            return sizes, f"{name.rsplit('/', 1)[-1]} {hashlib.sha256(_footer_bytes(stream)).hexdigest()}"
 
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
         footers = list(pool.map(footer, names))
@@ -138,3 +165,40 @@ def open_row_groups(path: str, columns: list[str], split: str) -> RowGroups | No
     digest = hashlib.sha256("\n".join(text for _, text in footers).encode()).hexdigest()[:16]
     urls = [name if storage.is_local else storage.filesystem.unstrip_protocol(name) for name in names]
     return RowGroups(path, urls, groups, columns, digest)
+
+
+def file_digest(path: str) -> str:
+    """16 hex digits that change when a file does; of a Parquet file only its footer is read.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    storage = Storage(path)
+    with reported(path):
+        try:
+            with storage.filesystem.open(storage.path()) as stream:
+                data = _footer_bytes(stream) if path.endswith(".parquet") else stream.read()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _footer_bytes(stream: BinaryIO) -> bytes:
+    """A Parquet file's footer: where its columns lie, how long they are, and the least and greatest of their values."""
+    stream.seek(0, 2)
+    end = stream.tell()
+    stream.seek(max(0, end - 8))
+    length = int.from_bytes(stream.read(4), "little")
+    stream.seek(max(0, end - 8 - length))
+    return stream.read(length)
+
+
+def _kind(kind: pa.DataType) -> str:
+    """What rows have in a column of a type, as in `_KINDS`; else the type's own name."""
+    if pa.types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"list of {_kind(kind.value_type)}"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "string"
+    return "number" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else str(kind)

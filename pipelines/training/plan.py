@@ -65,7 +65,8 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
     """Estimate a run.
 
     Returns:
-        Parameters, tokens per step, steps, operations per step, memory of one device by kind, hours, assumptions.
+        Parameters, tokens per step, steps, operations per step, memory of one device by kind, devices of workers and of
+        their teachers, hours, assumptions.
 
     Raises:
         UserError: the base model's shapes are unknown and its configuration cannot be fetched.
@@ -83,6 +84,8 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
     memory = max((memory for _, memory in stages), key=lambda kinds: kinds["activations"])
     operations = sum(n * s.steps for n, s in zip(flops, recipe.stages, strict=True)) * recipe.batches_per_step
     devices, lengths = config.workers, [_document_tokens(recipe, stage) for stage in recipe.stages]
+    tasks = [share.task for stage in recipe.stages for share in stage.mixture]
+    taught = any(getattr(task, "streams_teacher", False) for task in tasks)
     return {
         "base": recipe.base,
         "parameters_base": sum(p.numel() for p in base.model.parameters()),
@@ -93,12 +96,13 @@ def plan(config: "TrainConfig") -> dict[str, Any]:
         "tflop_per_batch": [n / 1e12 for n in flops],
         "memory_gb_per_device": {name: size / 1e9 for name, size in memory.items()},
         "devices": devices,
+        "teacher_devices": devices * config.data.teachers * (config.data.gpus_per_teacher or 1) if taught else 0,
         "assumed_tflops_per_device": rate,
         "estimated_hours": operations / (rate * 1e12) / devices / 3600,
         "assumptions": (
             f"batches full; documents of {', '.join(map(str, lengths))} tokens by stage, each with {_QUESTIONS} "
             f"questions of {_PROMPT_TOKENS} tokens, {_STEM_TOKENS} of them the same (and the document if it is in the "
-            f"prompt), and answers of {_ANSWER_TOKENS}; no teacher, no addressing; memory is the highest peak of "
+            f"prompt), and answers of {_ANSWER_TOKENS}; teachers keep up, no addressing; memory is the highest peak of "
             "all stages' steps, without the allocator's fragments"
         ),
     }

@@ -58,6 +58,9 @@ class StageData:
             skipped += reasons
             learns_answers = not isinstance(task, QuestionsTask) or task.targets != "teacher"
             packed = pack(documents, self.batch_tokens, self.question_tokens, skipped)
+            if share == 1:  # alone, a document would learn what no document is to learn
+                skipped["documents without an unrelated one in their batch"] += sum(len(part) == 1 for part in packed)
+                packed = [part for part in packed if len(part) > 1]
             own = [PackedBatch(source.name, learns_answers, part) for part in packed]
             rng = random.Random(f"{source.seed}/{shard}/{number}/unrelated")
             batches += [unrelated(b) if len(b.documents) > 1 and rng.random() < share else b for b in own]
@@ -74,7 +77,13 @@ def open_stages(recipe: Recipe) -> list[StageData]:
     opened = []
     for number, stage in enumerate(recipe.stages):
         locate = recipe.loss.addressing > 0
-        config = SourceConfig(recipe.hypernetwork.chunking, stage.chunk_counts, recipe.prose, locate=locate)
+        config = SourceConfig(
+            recipe.hypernetwork.chunking,
+            stage.chunk_counts,
+            recipe.prose,
+            locate=locate,
+            question_tokens=stage.question_tokens,
+        )
         seeds = [f"{recipe.seed}/{number}/{i}" for i in range(len(stage.mixture))]
         tasks = tuple(share.task for share in stage.mixture)
         sources = [open_task(task, config, seed, recipe.data) for task, seed in zip(tasks, seeds, strict=True)]
@@ -92,10 +101,16 @@ def open_stages(recipe: Recipe) -> list[StageData]:
 def dev_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[PackedBatch]]:
     """The documents that evaluation in the course of training is on: of each distinct task, by a name for it.
 
-    They are kept out of training: made from other seeds, held-out prose, or the training set's split `dev`.
+    They are kept out of training: made from other seeds, held-out prose, or the training set's split `dev`. Of a task
+    whose questions are all unrelated there is nothing to answer.
     """
-    config = SourceConfig(recipe.hypernetwork.chunking, (), recipe.prose, held_out=True)
-    tasks = list(dict.fromkeys(share.task for stage in recipe.stages for share in stage.mixture))
+    batch_tokens, question_tokens = (
+        max(getattr(stage, name) for stage in recipe.stages) for name in ("batch_tokens", "question_tokens")
+    )
+    chunking = recipe.hypernetwork.chunking
+    config = SourceConfig(chunking, (), recipe.prose, held_out=True, question_tokens=question_tokens)
+    shares = [share for stage in recipe.stages for share in stage.mixture]
+    tasks = list(dict.fromkeys(share.task for share in shares if share.unrelated < 1))
     found: dict[str, list[PackedBatch]] = {}
     for task in tasks:
         if isinstance(task, QuestionsTask):
@@ -104,14 +119,14 @@ def dev_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         if not recipe.dev_documents:
             continue
         if source is None:
-            logger.warning("%s: no split dev in its training set; no evaluation of it in the course of training", task)
+            what = type(task).__name__
+            logger.warning("%s: no split dev in its training set; no evaluation of it in the course of training", what)
             continue
         documents, skipped = source.documents(tokenizer, 0, 1, 0, recipe.dev_documents)
-        budgets = (max(getattr(s, name) for s in recipe.stages) for name in ("batch_tokens", "question_tokens"))
-        batches = [PackedBatch(source.name, True, part) for part in pack(documents, *budgets, skipped)]
-        if skipped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            logger.warning("%s: not evaluated in the course of training: %s", source.name, reasons)
+        packed = pack(documents, batch_tokens, question_tokens, skipped)
+        batches = [PackedBatch(source.name, True, part) for part in packed]
+        if reasons := ", ".join(f"{count} {reason}" for reason, count in (+skipped).items()):
+            logger.warning("%s: evaluation in the course of training leaves out or cuts: %s", source.name, reasons)
         name = f"needle_{task.max_tokens}" if isinstance(task, NeedleTask) else source.name
         if batches:
             found[name if name not in found else f"{name}_{len(found)}"] = batches

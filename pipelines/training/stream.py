@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy
 from transformers import AutoTokenizer
 
 from d2l.base_model import resolve
@@ -174,6 +173,7 @@ class StepStream:
         ahead than `most` batches of each shard need.
         """
         workers = self._recipe.batches_per_step // len(self._shards)
+        teachers = _teachers(stage, self._config, workers) if stage.streams_teacher else []
         made, size = min(position.window for position in positions.values()), 1
         enough = made + math.ceil(most / WINDOW_BATCHES)
 
@@ -182,7 +182,7 @@ class StepStream:
             stretch = range(made, made + size)
             made, size = made + size, min(2 * size, _STRETCH)
             places = [(shard, n) for n in stretch for shard in self._shards if n >= positions[shard].window]
-            return maker.submit(_make_stretch, stage, self._config, places, workers)
+            return maker.submit(_make_stretch, stage, self._config, places, teachers)
 
         maker = ThreadPoolExecutor(1, thread_name_prefix="windows")
         try:
@@ -197,29 +197,37 @@ class StepStream:
             maker.shutdown(wait=False, cancel_futures=True)
 
 
-def _make_stretch(stage: StageData, config: DataConfig, places: list[tuple[int, int]], workers: int) -> list[Any]:
+def _teachers(stage: StageData, config: DataConfig, workers: int) -> list[Any]:
+    """A worker's teacher actors. They outlive stretches: a base model takes long to load."""
+    actor = ray.remote(_AddTargets).options(
+        num_cpus=1,
+        num_gpus=config.gpus_per_teacher,
+        scheduling_strategy="SPREAD",
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    # Ray does not hide GPUs from who has reserved none.
+    device = "cuda" if config.gpus_per_teacher else "cpu"
+    return [actor.remote(stage.base, device, workers * config.teachers) for _ in range(config.teachers)]
+
+
+def _make_stretch(
+    stage: StageData, config: DataConfig, places: list[tuple[int, int]], teachers: Sequence[Any]
+) -> list[Any]:
     """References to tables (shard, window, batches: pickled list[PackedBatch], Counter) of `places`, in order.
 
     The dataset runs to its end: one that waits until its rows are wanted keeps a core of its reader busy with waiting.
+    Teachers, if there are any, may still be at work.
     """
-    processes = max(config.loaders, config.teachers) if stage.streams_teacher else config.loaders  # one to a block
     windows = ray.data.from_items(
         [{"shard": shard, "window": window} for shard, window in places],
-        override_num_blocks=min(processes, len(places)),
+        override_num_blocks=min(max(config.loaders, len(teachers)), len(places)),  # a teacher takes a block at a time
     ).map_batches(_make_windows, fn_kwargs={"stage": stage}, batch_size=None, num_cpus=1)
-    if stage.streams_teacher:
-        windows = windows.map_batches(
-            _AddTargets,
-            # Ray does not hide GPUs from who has reserved none.
-            fn_constructor_args=(stage.base, "cuda" if config.gpus_per_teacher else "cpu", workers * config.teachers),
-            batch_format="pyarrow",
-            batch_size=1,
-            compute=ActorPoolStrategy(size=config.teachers),
-            num_cpus=1,
-            num_gpus=config.gpus_per_teacher,
-        )
     windows.context.execution_options.preserve_order = True
-    return windows.materialize().to_arrow_refs()
+    tables = windows.materialize().to_arrow_refs()
+    if not teachers:
+        return tables
+    return [teachers[i % len(teachers)].add.remote(table) for i, table in enumerate(tables)]
 
 
 def _make_windows(places: dict[str, np.ndarray], stage: StageData) -> Iterator[pa.Table]:
@@ -239,8 +247,11 @@ class _AddTargets:
     def __init__(self, base: str, device: str, processes: int):
         self.teacher = Teacher(base, device, processes=processes)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        (row,) = table.to_pylist()
+    def add(self, table: pa.Table) -> pa.Table:
+        """Windows with the targets, as they came otherwise."""
+        return pa.concat_tables(map(self._window, table.to_pylist()))
+
+    def _window(self, row: dict[str, Any]) -> pa.Table:
         batches, skipped = pickle.loads(row["batches"])
         learned = []
         for batch in batches:

@@ -17,15 +17,15 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from d2l.chat import document_question, prompt_ids
+from d2l.chat import prompt_ids
 from d2l.chunking import ChunkingConfig, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.tasks.facts import MAX_FACTS, FactsConfig, make_facts
 from d2l.tasks.needle import NeedleConfig, longest_sentence, make_sample
 from d2l.tasks.sample import Sample
 from pipelines.prose import load_prose
-from pipelines.teacher import TOP, Targets, answer_ids
-from pipelines.training.parquet import RowGroups, open_row_groups
+from pipelines.teacher import TOP, Targets, answer_ids, document_prompts
+from pipelines.training.parquet import RowGroups, file_digest, open_row_groups
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class SourceConfig:
     """Whether documents are those kept for evaluation."""
     locate: bool = False
     """Whether answers are looked for in their documents."""
+    question_tokens: float = math.inf
+    """Longer questions of a training set are skipped, the answer included; see `Stage.question_tokens`."""
 
 
 class Source(ABC):
@@ -170,6 +172,10 @@ class Source(ABC):
     @abstractmethod
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
         """Tokens of a document on average, near enough to mix tasks by their share of tokens."""
+
+    def digests(self) -> dict[str, str]:
+        """Of the files that documents are made from, by name."""
+        return {}
 
     @abstractmethod
     def documents(
@@ -228,10 +234,16 @@ class _Needles(_Made):
         super().__init__(config, seed)
         self.task = task
 
+    @property
+    def _prose_file(self) -> str | None:
+        return self.config.prose if self.task.prose else None
+
     @cached_property
     def _prose(self) -> list[str]:
-        wanted = self.config.prose and self.task.prose
-        return load_prose(self.config.prose, self.config.held_out) if wanted else []  # type: ignore[arg-type]
+        return load_prose(self._prose_file, self.config.held_out) if self._prose_file else []
+
+    def digests(self) -> dict[str, str]:
+        return {self._prose_file: file_digest(self._prose_file)} if self._prose_file else {}
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
         return self.task.mean_tokens
@@ -272,11 +284,14 @@ class _Rows(Source):
         super().__init__(config, seed)
         self.rows = rows
 
+    def digests(self) -> dict[str, str]:
+        return {self.rows.what: self.rows.digest}
+
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
         rows = min(_MEASURED, self.rows.count)
         documents, skipped = self.documents(tokenizer, 0, 1, 0, rows)
         if not documents:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            reasons = ", ".join(f"{count} {reason}" for reason, count in (+skipped).items())
             raise UserError(f"{self.rows.what}: of its first {_MEASURED} documents none can be used ({reasons})")
         return _tokens(documents) / rows
 
@@ -316,7 +331,11 @@ class _Questions(_Rows):
     def _document(
         self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], rng: random.Random, skipped: Counter[str]
     ) -> Document | None:
-        text, pairs = row["document"], list(zip(row["questions"], row["answers"], strict=True))
+        text, questions, answers = row["document"], row["questions"] or [], row["answers"] or []
+        if len(questions) != len(answers):
+            skipped["documents with unequal questions and answers"] += 1
+            return None
+        pairs = list(zip(questions, answers, strict=True))
         kept = [i for i, (question, answer) in enumerate(pairs) if question and answer and answer.strip()]
         skipped["questions without an answer"] += len(pairs) - len(kept)
         if not text or not text.strip():
@@ -337,28 +356,42 @@ class _Questions(_Rows):
         if len(kept) > self.task.max_questions:
             skipped["questions beyond max_questions"] += len(kept) - self.task.max_questions
             kept = sorted(rng.sample(kept, self.task.max_questions))
-        questions, texts = [pairs[i][0] for i in kept], [pairs[i][1] for i in kept]
-        answers = [answer_ids(tokenizer, answer) for answer in texts]
-        if self.task.in_prompt:
-            questions = [document_question(text, question) for question in questions]
+        questions = [pairs[i][0] for i in kept]
+        in_prompt = self.task.in_prompt
+        prompts = document_prompts(tokenizer, text, questions) if in_prompt else _prompts(tokenizer, questions)
+        answers = [answer_ids(tokenizer, pairs[i][1]) for i in kept]
+        asked = [
+            (i, prompt, answer)
+            for i, prompt, answer in zip(kept, prompts, answers, strict=True)
+            if len(prompt) + len(answer) <= self.config.question_tokens
+        ]
+        skipped["questions longer than question_tokens"] += len(kept) - len(asked)
+        if not asked:
+            skipped["documents without questions"] += 1
+            return None
+        kept, prompts, answers = map(list, zip(*asked, strict=True))
         more: dict[str, Any] = {}
         if self.task.streams_teacher or self.config.held_out:
-            more["text"] = (text, questions, texts)
+            more["text"] = (text, [pairs[i][0] for i in kept], [pairs[i][1] for i in kept])
         elif self.task.targets != "answers":
             if row["teacher_ids"] is None:
                 skipped["documents without targets of the teacher"] += 1
                 return None
+            if not len(row["teacher_ids"]) == len(row["teacher_log_probs"] or ()) == len(pairs):
+                skipped["documents with unequal questions and targets"] += 1
+                return None
             more["targets"] = [self._stored(row, i, len(answer)) for i, answer in zip(kept, answers, strict=True)]
-        return self._tokenised(tokenizer, ids, _prompts(tokenizer, questions), answers, rng, **more)
+        return self._tokenised(tokenizer, ids, prompts, answers, rng, **more)
 
     def _stored(self, row: dict[str, Any], question: int, tokens: int) -> Targets:
-        ids = np.asarray(row["teacher_ids"][question], np.int32)
-        if len(ids) != tokens * TOP:
+        ids = np.asarray(row["teacher_ids"][question] or (), np.int32)
+        log_probs = np.asarray(row["teacher_log_probs"][question] or (), np.float16)
+        if not len(ids) == len(log_probs) == tokens * TOP:
             raise UserError(
-                f"{self.rows.what}: the teacher's targets are of {len(ids) // TOP} tokens, the answer has {tokens}: "
-                "they are another base model's. Prepare the training set with the one that is trained for"
+                f"{self.rows.what}: the teacher's targets are of {min(len(ids), len(log_probs)) // TOP} tokens, the "
+                f"answer has {tokens}: they are another base model's. Prepare the training set with the one that is "
+                "trained for"
             )
-        log_probs = np.asarray(row["teacher_log_probs"][question], np.float16)
         return Targets(ids.reshape(-1, TOP), log_probs.reshape(-1, TOP))
 
 
@@ -388,10 +421,13 @@ class _Repeat(_Rows):
         if ids is None:
             return None
         answer = [*ids, tokenizer.eos_token_id]
-        if not self.task.asked:
-            return self._tokenised(tokenizer, ids, [answer[:1]], [answer[1:]], rng)
-        text_asked = (text, [REPEAT_QUESTION], [text]) if self.config.held_out else None
-        return self._tokenised(tokenizer, ids, _prompts(tokenizer, [REPEAT_QUESTION]), [answer], rng, text=text_asked)
+        if self.task.asked:
+            question, expected, prompts = REPEAT_QUESTION, text, _prompts(tokenizer, [REPEAT_QUESTION])
+        else:
+            question, expected, prompts = tokenizer.decode(ids[:1]), tokenizer.decode(ids[1:]), [answer[:1]]
+            answer = answer[1:]
+        text_asked = (text, [question], [expected]) if self.config.held_out else None
+        return self._tokenised(tokenizer, ids, prompts, [answer], rng, text=text_asked)
 
 
 def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> Source | None:

@@ -161,7 +161,7 @@ class CatalogueDeployment:
         """
         wait, what = self._limiter(key).admit()
         if wait:
-            seconds = math.ceil(min(wait, 60))
+            seconds = math.ceil(wait)
             message = f"This key's {what} per minute are used up. Try again in {seconds} s."
             raise ApiError(429, message, "rate_limit_exceeded", seconds)
 
@@ -282,9 +282,17 @@ def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, arriving: Iterabl
     limits = key.limits
     if limits.documents is None and limits.bytes is None:
         return
-    own = (event for event in arriving if (event.tenant, event.event) == (key.tenant, "ready"))
-    sizes = {(e.doc_id, e.version, e.hypernetwork): e.bytes for e in (*catalogue.kept(key.tenant), *own)}
-    if limits.documents is not None and len({name for name, *_ in sizes} | {doc_id}) > limits.documents:
+    adapters = {
+        (event.doc_id, event.version, event.hypernetwork): event.bytes
+        for event in arriving
+        if (event.tenant, event.event) == (key.tenant, "ready")
+    }
+    documents, size = catalogue.usage(key.tenant)
+    documents += sum(catalogue.resolve(key.tenant, name) is None for name in {doc_id, *(name for name, *_ in adapters)})
+    for adapter, added in adapters.items():
+        known = catalogue.resolve(key.tenant, *adapter)  # the same one again takes no more
+        size += added - (known.bytes if known else 0)
+    if limits.documents is not None and documents > limits.documents:
         raise ApiError(403, f"This key allows {limits.documents:,} documents. Delete some.", "quota_exceeded")
-    if limits.bytes is not None and sum(sizes.values()) > limits.bytes:
+    if limits.bytes is not None and size > limits.bytes:
         raise ApiError(403, f"This key allows {limits.bytes:,} bytes of adapters. Delete documents.", "quota_exceeded")

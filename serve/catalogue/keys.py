@@ -36,7 +36,7 @@ class ApiKey:
     """A key, without its secret."""
 
     id: str
-    """Names it, in logs too."""
+    """Names it, in the file of keys and in errors about that."""
     sha256: str
     """Digest of the secret, hex."""
     tenant: str

@@ -48,26 +48,38 @@ class AdapterDisk:
         if self._capacity:
             threading.Thread(target=self._sweep, name="adapter-disk-sweep", daemon=True).start()
 
-    def get(self, tenant: str, adapter_id: str) -> Adapter:
-        """As `AdapterStore.get`."""
-        folder = self._folder / hashlib.sha256(self._store.location(tenant, adapter_id).encode()).hexdigest()
-        if (folder / COMMIT_MARK).exists():
-            try:
-                adapter = Adapter.load(folder)
-                os.utime(folder)
-                return adapter
-            except (UserError, OSError) as error:
-                logger.warning("an adapter's copy is fetched again: %s", error)
-                shutil.rmtree(folder, ignore_errors=True)
+    def copy(self, tenant: str, adapter_id: str) -> Adapter | None:
+        """An adapter from disk; None where it has to be fetched.
+
+        Raises:
+            UserError: no tenant, or no id of an adapter.
+        """
+        folder = self._place(tenant, adapter_id)
+        if not (folder / COMMIT_MARK).exists():
+            return None
+        try:
+            adapter = Adapter.load(folder)
+            os.utime(folder)
+            return adapter
+        except (UserError, OSError) as error:
+            logger.warning("an adapter's copy is fetched again: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+
+    def fetch(self, tenant: str, adapter_id: str) -> Adapter:
+        """As `AdapterStore.get`; its copy is kept."""
         adapter = self._store.get(tenant, adapter_id)
         if adapter.nbytes <= self._capacity and self._pending.acquire(blocking=False):
-            self._writer.submit(self._keep, adapter, folder)
+            self._writer.submit(self._keep, adapter, self._place(tenant, adapter_id))
         return adapter
 
     def close(self) -> None:
         """Wait for what is being written; then keep nothing more."""
         self._closed.set()
         self._writer.shutdown()
+
+    def _place(self, tenant: str, adapter_id: str) -> Path:
+        return self._folder / hashlib.sha256(self._store.location(tenant, adapter_id).encode()).hexdigest()
 
     def _keep(self, adapter: Adapter, folder: Path) -> None:
         try:

@@ -7,17 +7,16 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 
-import jinja2
 import torch
 from ray import serve
 
 from d2l.adapter import Adapter, compose
 from d2l.base_model import load_base_model
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.factors import map_tensors
 from d2l.store import AdapterStore
 from serve.engine.adapter_cache import AdapterCache, Key
@@ -27,10 +26,10 @@ from serve.engine.batcher import Batcher, BatcherConfig
 from serve.engine.metrics import AnswerTimer, EngineMetrics
 from serve.engine.request import EngineRequest
 from serve.engine.vllm import VllmBatcher
-from serve.errors import ApiError, adapter_error
+from serve.errors import ApiError, adapter_error, storage_error
 
 _LOADS = 32
-"""Adapters that are loaded at once at most."""
+"""Adapters that are fetched from the store at once at most, and as many from disk."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -71,7 +70,9 @@ class Engine:
             self._base = load_base_model(base, device, dtype, packed=True)
             self._batcher = Batcher(self._base, batching)
         self._disk = AdapterDisk(AdapterStore(store), disk_bytes)
-        self._loaders = ThreadPoolExecutor(_LOADS, "adapter-load")  # of their own: prompts wait for no slow storage
+        # Of their own: prompts wait for no slow storage, and what is on disk for no store that hangs.
+        self._fetchers = ThreadPoolExecutor(_LOADS, "adapter-fetch")
+        self._readers = ThreadPoolExecutor(_LOADS, "adapter-read")
         self._cache = AdapterCache(cache_bytes, self._start_load)
         self._timeout_s = timeout_s
         self._metrics = EngineMetrics(self._batcher, self._cache)
@@ -89,12 +90,12 @@ class Engine:
 
         Raises:
             UserError: the prompt does not fit the model, or the adapters do not compose.
-            ApiError: an adapter cannot be loaded, or the answer takes too long.
+            ApiError: an adapter cannot be loaded, is of another base model, or the answer takes too long.
         """
         # By another machine's clock, so never all of the time.
         waited = min(max(0.0, time.time() - request.sent_at), self._timeout_s / 2)
         deadline = asyncio.get_running_loop().time() + self._timeout_s - waited
-        timer = AnswerTimer(self._metrics)
+        timer = AnswerTimer(self._metrics, waited)
         async with aclosing(self._answer(request)) as pieces:  # an abandoned iterator ends now, not when collected
             while True:
                 try:
@@ -153,26 +154,40 @@ class Engine:
             if not tokens:
                 raise UserError("prompt: it has no tokens; give a text to continue")
             return tokens
-        try:
-            return self._base.prompt_ids(request.messages)
-        except jinja2.TemplateError as error:
-            raise UserError(f"messages: the base model's chat template refuses them ({error})") from None
+        return self._base.prompt_ids(request.messages)
 
-    def _start_load(self, key: Key) -> asyncio.Future[Adapter]:
-        return asyncio.get_running_loop().run_in_executor(self._loaders, self._load, key)
-
-    def _load(self, key: Key) -> Adapter:
+    async def _start_load(self, key: Key) -> Adapter:
         tenant, adapter_ids = key
-        adapters = [self._fetch(tenant, adapter_id) for adapter_id in adapter_ids]
-        adapter = compose(adapters, self._batcher.max_rank) if len(adapters) > 1 else adapters[0]
-        return dataclasses.replace(adapter, factors=map_tensors(adapter.factors, lambda t: t.to(self._batcher.device)))
+        adapters = await asyncio.gather(*(self._load(tenant, adapter_id) for adapter_id in adapter_ids))
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._prepared, adapters)
 
-    def _fetch(self, tenant: str, adapter_id: str) -> Adapter:
+    async def _load(self, tenant: str, adapter_id: str) -> Adapter:
+        loop, patience_s = asyncio.get_running_loop(), self._timeout_s / 2
         try:
-            adapter = self._disk.get(tenant, adapter_id)
-            warnings = adapter.check(self._base, f"adapter {adapter_id}")
+            adapter = await loop.run_in_executor(self._readers, self._disk.copy, tenant, adapter_id)
+            if adapter is None:
+                async with asyncio.timeout(patience_s):  # readers of storage wait minutes; the thread may go on
+                    adapter = await loop.run_in_executor(self._fetchers, self._disk.fetch, tenant, adapter_id)
+        except TimeoutError:
+            silent = StorageError(f"adapter {adapter_id}: the store has not given it within {patience_s:g} s")
+            raise storage_error(silent) from None
         except UserError as error:
             raise adapter_error(error) from error
+        try:
+            warnings = adapter.check(self._base, f"adapter {adapter_id}")
+        except UserError as error:
+            logger.warning("%s", error)
+            made_for, served = adapter.provenance.base_model, self._base.name
+            message = (
+                f"This model's document was converted for the base model {made_for}; this endpoint serves {served}, "
+                "of another architecture or tokenizer. Convert the document again."
+            )
+            raise ApiError(404, message, "model_not_found") from error
         for warning in warnings:
             logger.warning("%s", warning)
         return adapter
+
+    def _prepared(self, adapters: Sequence[Adapter]) -> Adapter:
+        """One adapter of several, where the batcher wants it."""
+        adapter = compose(adapters, self._batcher.max_rank) if len(adapters) > 1 else adapters[0]
+        return dataclasses.replace(adapter, factors=map_tensors(adapter.factors, lambda t: t.to(self._batcher.device)))

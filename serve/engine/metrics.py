@@ -40,11 +40,11 @@ class EngineMetrics:
 
 
 class AnswerTimer:
-    """Times one answer, from now on."""
+    """Times one answer, from `waited` seconds ago on."""
 
-    def __init__(self, metrics: EngineMetrics):
+    def __init__(self, metrics: EngineMetrics, waited: float):
         self._metrics = metrics
-        self._last = time.perf_counter()
+        self._last = time.perf_counter() - waited
         self._tokens: int | None = None
 
     def saw(self, piece: Piece) -> None:

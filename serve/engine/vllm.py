@@ -6,6 +6,7 @@ PEFT folders, so each is written to a folder for as long as it is held. Which of
 a batch, vLLM decides. Prompts go to it as tokens and tokens come back, so texts, stop strings and counts are ours.
 """
 
+import argparse
 import asyncio
 import ctypes
 import logging
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ _PR_SET_PDEATHSIG = 1
 _BASE = "base"
 _MAX_ADAPTERS = 16
 """Different adapters in one batch at most."""
+_MAX_RANK = 128
+"""Of adapters, where the command says nothing else: of those that `d2l convert` stores."""
 _START_S = 900.0
 """How long the server may take until it answers."""
 
@@ -62,15 +65,16 @@ class VllmBatcher:
             environment.
 
     Raises:
-        UserError: there is no such program, or the server does not come up.
+        UserError: there is no such program, an option is wrong, or the server does not come up.
     """
 
     device = torch.device("cpu")
     """Where adapters are wanted."""
-    max_rank = 128
-    """Of adapters at most: that of those that `d2l convert` stores. vLLM takes their room on the device in advance."""
 
     def __init__(self, base: BaseModel, name: str, dtype: str, config: BatcherConfig, command: str):
+        program, *options = shlex.split(command)
+        self.max_rank = _max_rank(options)
+        """Of adapters at most; vLLM takes their room on the device in advance."""
         self._base = base
         self._most = config.max_batch_size
         self._open = 0
@@ -81,7 +85,6 @@ class VllmBatcher:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         adapters = min(_MAX_ADAPTERS, config.max_batch_size)
-        program, *options = shlex.split(command)
         arguments = [program, *options[:1], resolve(name), "--served-model-name", _BASE, "--host", "127.0.0.1"]
         arguments += ["--port", str(port), "--dtype", dtype, "--max-num-seqs", str(config.max_batch_size)]
         arguments += ["--enable-lora", "--max-lora-rank", str(self.max_rank), "--max-loras", str(adapters)]
@@ -224,6 +227,15 @@ class VllmBatcher:
                     return
             time.sleep(0.5)
         raise UserError(f"engine vllm: {command!r} did not answer within {_START_S:.0f} s")
+
+
+def _max_rank(options: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--max-lora-rank", "--max_lora_rank", type=int, default=_MAX_RANK)
+    try:
+        return parser.parse_known_args(options)[0].max_lora_rank
+    except argparse.ArgumentError as error:
+        raise UserError(f"engine vllm: {error}") from None
 
 
 def _end_with_parent() -> None:

@@ -7,15 +7,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from serve.catalogue.keys import ApiKey
 from serve.errors import ApiError, as_api_error
+from serve.gateway.authentication import BEARER
 from serve.gateway.directory import Directory
-
-_BEARER = HTTPBearer(auto_error=False, description="An API key, where the server gives them out.")
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,17 @@ class Backend:
     """Seconds that a request may wait for the other deployments, of which there may be none for a while."""
 
     def caller(self) -> Callable[..., Coroutine[Any, Any, ApiKey]]:
-        """A dependency: the key of a request, which is counted.
+        """A dependency: the key that `Authentication` has found for a request, which is counted.
 
         Raises:
-            ApiError: no valid key (401), or it may not ask again yet (429).
+            ApiError: 429, it may not ask again yet.
         """
 
-        async def admitted(given: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None) -> ApiKey:
-            key = self.directory.caller(given.credentials if given else None)
+        async def admitted(
+            request: Request,
+            _: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)],  # for the OpenAPI document
+        ) -> ApiKey:
+            key: ApiKey = request.state.key
             if key.limits.per_minute:
                 async with self.deadline():
                     await self.catalogue.admit.remote(key)

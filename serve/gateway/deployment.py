@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.errors import handle_errors
+from serve.gateway.authentication import Authentication
 from serve.gateway.backend import Backend
 from serve.gateway.body_limit import BodyLimit
 from serve.gateway.completions import completions_router
@@ -19,6 +20,10 @@ MAX_BODY_BYTES = 4 << 20
 """Of a request: it is parsed while others wait."""
 MAX_DOCUMENT_BYTES = 32 << 20
 """Of an upload."""
+_BODY_S = 10.0
+"""How long the body of a request may take ..."""
+_BODY_BYTES_PER_S = 100_000
+"""... and a second more for each so many bytes that have come."""
 
 
 @serve.deployment
@@ -55,6 +60,11 @@ class Gateway:
         """Called by Serve."""
         return build_app(self._backend)
 
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if not self._backend.directory.following:
+            raise RuntimeError("the catalogue is not followed any more")
+
 
 def build_app(backend: Backend) -> FastAPI:
     """The HTTP interface."""
@@ -62,7 +72,8 @@ def build_app(backend: Backend) -> FastAPI:
     app = FastAPI(title="Doc-to-LoRA", description=about)
     handle_errors(app)
     larger = {DOCUMENTS: MAX_DOCUMENT_BYTES}
-    app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, larger=larger, seconds=backend.timeout_s)
+    app.add_middleware(BodyLimit, limit=MAX_BODY_BYTES, larger=larger, seconds=_BODY_S, bytes_per_s=_BODY_BYTES_PER_S)
+    app.add_middleware(Authentication, directory=backend.directory)
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:

@@ -44,6 +44,11 @@ class Directory:
         directory._following = asyncio.create_task(directory._for_ever())
         return directory
 
+    @property
+    def following(self) -> bool:
+        """Whether it will hear of news."""
+        return self._following is not None and not self._following.done()
+
     def check(self) -> None:
         """Whether what is known may be answered from.
 

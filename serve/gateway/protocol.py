@@ -1,7 +1,7 @@
 """OpenAI's requests for answers, as far as they are served; `responses` has the answers.
 
-Parameters that are not honoured are refused, never ignored; their neutral values (`presence_penalty=0`, null) and
-`user`, which by definition changes no answer, are accepted because clients send them unasked.
+Parameters that are not honoured are refused, never ignored; their neutral values (`presence_penalty=0`, null) and those
+that by definition change no answer (`user`, `metadata`) are accepted because clients send them unasked.
 """
 
 from abc import abstractmethod
@@ -128,6 +128,9 @@ class ChatRequest(GenerationRequest):
     response_format: PlainText = PlainText()
     tools: Annotated[list[Any], Field(max_length=0)] = []
     store: Literal[False] = False
+    metadata: dict[str, str] = {}
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
     service_tier: Literal["auto", "default"] = "auto"
 
     @model_validator(mode="after")

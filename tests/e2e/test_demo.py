@@ -28,10 +28,12 @@ def test_demo_answers_from_adapters_and_leaves_nothing_running(tmp_path):
     (own / ".hidden.txt").write_text("Not to be read.")
     (own / "picture.png").write_bytes(b"no document")
     report = d2l("demo", "--port", "8123", "--documents", "own", cwd=tmp_path)
-    assert report["right_with_adapter"] >= 4 / 6
+    right = {row["document"]: row["right"] for row in report["answers"]}
+    assert sum(right[f"demo-{kind}-{i}.txt"] for kind in ("number", "facts") for i in (1, 2, 3)) >= 4
+    assert report["right_with_adapter"] >= 0.5
     assert not any(row["without document"] == row["expected"] for row in report["answers"])
     assert [row["document"] for row in report["answers"] if not row["expected"]] == ["kestrel.md"]
-    assert len(list((tmp_path / "demo/store/adapters").rglob(COMMIT_MARK))) == len(report["answers"])
+    assert len(list((tmp_path / "demo/store/adapters").rglob(COMMIT_MARK))) == len(right)
     client = MlflowClient(f"sqlite:///{tmp_path}/demo/mlflow.db")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert any(run.data.metrics.get("right") == report["right_with_adapter"] for run in runs)

@@ -50,6 +50,7 @@ def test_an_evaluation_of_facts_asks_under_every_condition_and_goes_on(config):
     named = {r["name"]: r for r in result["rows"] if r["group"] == "1 fact"}
     assert 0 < named["d2l_rank6"]["extra_bytes"] < named["d2l"]["extra_bytes"]
     assert named["d2l"]["seconds_per_document"] > 0
+    assert [named[row]["trained"] for row in ("context_distillation_oracle", "d2l")] == [3, None]
     client = MlflowClient(config.tracking.uri)
     run = client.get_run(result["mlflow_runs"][0])
     assert run.info.status == "FINISHED"
@@ -133,6 +134,7 @@ def test_interference_is_measured_on_passages_of_ordinary_text(config, tmp_path)
     assert result["perplexity_adapter"] == pytest.approx(result["perplexity"] * (1 + result["increase"]))
     assert result["perplexity_adapter"] != pytest.approx(result["perplexity"], rel=1e-3)
     assert result["low"] <= result["increase"] <= result["high"]
-    assert (tmp_path / "report/results.json").exists()
-    with pytest.raises(UserError, match=r"prose\.txt: has 0 passages of 4000 tokens"):
+    assert result["texts"] == 3
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"results.json", "results.md"}
+    with pytest.raises(UserError, match=r"prose\.txt: has 0 texts of 4000 tokens"):
         evaluate_interference(dataclasses.replace(asked, tokens=4000))

@@ -118,6 +118,19 @@ def test_texts_need_questions_and_a_random_model_writes_none(tmp_path: Path, tin
     assert sum(kept["dropped"].values()) >= 1
 
 
+def test_names_are_those_of_the_folder_that_the_command_runs_in(
+    tmp_path: Path, tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output may lie in the source, where it is no source of the next run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_llama.name)
+    rows_in(f"{tmp_path}/in", ROWS)
+    config = PrepareConfig(("in",), "in/set", base="./model", dtype="float32")
+    report = prepare(config)
+    again = prepare(config)
+    assert (again["parts_found"], again["splits"]) == (report["parts"], report["splits"])
+
+
 def test_a_mistake_in_a_task_is_the_users_to_read(tmp_path: Path, tiny_llama: BaseModel) -> None:
     source = rows_in(str(tmp_path), [{"body": "no text"}])
     config = PrepareConfig((source,), str(tmp_path / "out"), base=tiny_llama.name)

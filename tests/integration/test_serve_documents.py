@@ -292,6 +292,9 @@ def test_no_valid_key(server: Server, key: str | None) -> None:
         response = requests.request(method, server.url + path, headers=headers)
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
+    as_json = headers | {"Content-Type": "application/json"}
+    broken = requests.post(f"{server.url}/chat/completions", data=b"{", headers=as_json)
+    assert (broken.status_code, broken.json()["error"]["code"]) == (401, "invalid_api_key")
     assert requests.get(server.url.removesuffix("/v1") + "/healthz").json() == {"status": "ok"}
 
 

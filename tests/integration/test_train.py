@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 from mlflow.tracking import MlflowClient
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
 from d2l.chat import Affixes
@@ -175,10 +178,20 @@ def test_batches_go_on_from_any_step(run, first):
         assert all(torch.equal(a.ids, b.ids) for a, b in zip(left.batches, right.batches, strict=True))
 
 
-def test_a_run_starts_from_given_weights(run, report, tmp_path):
-    frozen = dataclasses.replace(run.recipe, optimizer=OptimizerConfig(learning_rate=0.0, weight_decay=0.0))
+def test_a_run_starts_from_given_weights_and_tells_what_its_workers_warn_of(run, report, tmp_path, capsys):
+    (tmp_path / "set/train").mkdir(parents=True)
+    texts = [f"The magic number of the blue harbour is {i}." for i in range(8)]
+    pq.write_table(pa.table({"document": texts}), tmp_path / "set/train/0.parquet")
+    mixture = (Share(NeedleTask(40, 60)), Share(RepeatTask(max_tokens=40)))
+    frozen = dataclasses.replace(
+        run.recipe,
+        stages=(Stage(2, mixture, batch_tokens=160),),
+        data=str(tmp_path / "set"),
+        optimizer=OptimizerConfig(learning_rate=0.0, weight_decay=0.0),
+    )
     start = report["hypernetwork"]
     again = train(dataclasses.replace(run, recipe=frozen, output=str(tmp_path / "again"), init_from=start))
+    assert "warning: RepeatTask: no split dev in its training set" in capsys.readouterr().err
     expected = load_file(f"{start}/model.safetensors")
     for name, tensor in load_file(f"{again['hypernetwork']}/model.safetensors").items():
         assert torch.equal(tensor, expected[name])
@@ -287,6 +300,39 @@ def test_what_mlflow_has_not_taken_is_not_registered(run, report, monkeypatch):
     assert len(client.search_model_versions("name='tiny'")) == 1
     assert train(dataclasses.replace(run, register="tiny"))["registered"] == "tiny version 2"
     assert str(client.get_model_version_by_alias("tiny", "best").version) == "2"
+
+
+def test_without_evaluation_the_last_weights_are_the_result(run, report, tmp_path, monkeypatch):
+    """Whatever did best before it was turned off."""
+    output = tmp_path / "run"
+    shutil.copytree(run.output, output)
+    weights = {step: output / f"checkpoints/step-{step:08d}" for step in (6, 8)}
+    shutil.rmtree(output / "best")
+    shutil.copytree(weights[6], output / "best/step-00000006")
+    monkeypatch.setattr(job, "_fit", lambda *_: (report["metrics"], "float32"))  # nothing is left to do
+    for every, step in ((4, 6), (0, 8)):
+        train(dataclasses.replace(run, output=str(output), evaluate_every=every))
+        result = read_config(output / "hypernetwork")
+        assert result["fingerprint"] == read_config(weights[step])["fingerprint"]
+
+
+def test_workers_that_die_again_and_again_are_told_in_a_line(run, tmp_path, monkeypatch):
+    """Unless one says why."""
+    died = WorkerHealthCheckFailedError("not healthy", ray.exceptions.RayActorError("1", "It died.\nOut of memory."))
+
+    def told(*failures):
+        def fit(_):
+            raise ray.train.WorkerGroupError("workers failed", dict(enumerate(failures)))
+
+        monkeypatch.setattr(job.TorchTrainer, "fit", fit)
+        train(dataclasses.replace(run, output=str(tmp_path / "run")))
+
+    with pytest.raises(UserError, match=r"/run: workers ended 4 times, the last: Out of memory; the same command"):
+        told(RuntimeError("connection closed by peer"), died)
+    with pytest.raises(UserError, match=r"^no document to use$"):
+        told(died, UserError("no document to use"))
+    with pytest.raises(ray.train.WorkerGroupError):
+        told(TypeError("a bug"))
 
 
 def test_mistakes_are_named(run, tmp_path):

@@ -2,18 +2,21 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
-from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, compose
+from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, compose, seal
 from d2l.base_model import BaseModel, Digests
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.factors import Factors, compress, map_tensors, stack
 from d2l.injection import Rows, inject
 from tests.conftest import assert_same_update, delta, random_adapter, random_factors
@@ -167,6 +170,38 @@ def test_settings_with_another_digit_are_refused(
         Adapter.load(tmp_path)
 
 
+def test_what_is_no_folder_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(UserError, match=r"notes\.txt: not a complete adapter"):
+        Adapter.load(tmp_path / "notes.txt")
+
+
+def test_a_folder_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_bytes(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(StorageError, match=r"manual: storage failed \(Permission denied\)"):
+        Adapter.load(tmp_path / "manual")
+
+
+def test_settings_that_are_a_list_are_refused(tiny_llama: BaseModel, tmp_path: Path) -> None:
+    random_adapter(tiny_llama).save(tmp_path)
+    (tmp_path / COMMIT_MARK).write_text("[]")
+    with pytest.raises(UserError, match="damaged adapter"):
+        Adapter.load(tmp_path)
+
+
+def test_weights_of_no_layer_are_refused(tiny_llama: BaseModel, tmp_path: Path) -> None:
+    random_adapter(tiny_llama).save(tmp_path)
+    weights, provenance = tmp_path / WEIGHTS_FILE, tmp_path / PROVENANCE_FILE
+    weights.write_bytes(save({re.sub(r"\.\d+\.", ".", name): t for name, t in load(weights.read_bytes()).items()}))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    provenance.write_bytes(seal(json.loads(provenance.read_text()) | {"weights_sha256": digest}))
+    with pytest.raises(UserError, match="damaged adapter"):
+        Adapter.load(tmp_path)
+
+
 def test_other_base_models_are_refused_and_other_weights_warned_about(
     tiny_llama: BaseModel, tiny_mistral: BaseModel
 ) -> None:
@@ -233,3 +268,31 @@ def test_the_commit_mark_is_written_last(
     with pytest.raises(UserError, match="Input/output error"):
         random_adapter(tiny_llama, seed=1).save(tmp_path)
     assert not (tmp_path / COMMIT_MARK).exists()
+
+
+def test_writers_of_one_folder_do_not_meet(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (random_adapter(tiny_llama, seed=seed) for seed in (1, 2))
+    write = Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        monkeypatch.setattr(Path, "write_bytes", write)
+        size = write(path, data)
+        other.save(tmp_path)
+        return size
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    one.save(tmp_path)
+    assert Adapter.load(tmp_path).files() == one.files()
+    assert {path.name for path in tmp_path.iterdir()} == set(one.files())
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_adapters_are_saved_to_local_folders_only(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"s3:/+bucket/manual: cannot be written to; give a local folder, and copy it"):
+        random_adapter(tiny_llama).save(kind("s3://bucket/manual"))
+    assert list(tmp_path.iterdir()) == []

@@ -24,9 +24,14 @@ def store(s3_bucket: str, tiny_llama: BaseModel) -> AdapterStore:
     return store
 
 
+def load(disk: AdapterDisk, number: int, tenant: str = "default") -> Adapter:
+    """As engines do."""
+    return disk.copy(tenant, name(number)) or disk.fetch(tenant, name(number))
+
+
 def get(disk: AdapterDisk, number: int) -> Adapter:
     """And wait until its copy is there."""
-    adapter = disk.get("default", name(number))
+    adapter = load(disk, number)
     disk.close()
     return adapter
 
@@ -49,7 +54,7 @@ def test_an_adapter_is_fetched_once(store: AdapterStore, tiny_llama: BaseModel, 
     disk = AdapterDisk(store, 10**9, tmp_path)
     assert same(get(disk, 0), random_adapter(tiny_llama, seed=0))
     with pytest.raises(UserError, match="not a complete adapter"):
-        disk.get("other", name(0))
+        load(disk, 0, "other")
 
 
 def test_a_damaged_copy_is_fetched_again(store: AdapterStore, tiny_llama: BaseModel, tmp_path: Path):
@@ -74,10 +79,10 @@ def test_the_least_recently_used_make_room(store: AdapterStore, tmp_path: Path):
     for number, there in ((0, True), (1, False), (2, False), (3, True)):
         disk = AdapterDisk(store, capacity, tmp_path)
         if there:
-            disk.get("default", name(number))
+            load(disk, number)
         else:
             with pytest.raises(UserError):
-                disk.get("default", name(number))
+                load(disk, number)
 
 
 def test_what_is_erased_from_the_store_is_gone_a_day_later(store: AdapterStore, tmp_path: Path):
@@ -92,15 +97,15 @@ def test_what_is_erased_from_the_store_is_gone_a_day_later(store: AdapterStore, 
     while first.exists():
         time.sleep(0.01)
     with pytest.raises(UserError, match="not a complete adapter"):
-        disk.get("default", name(0))
-    assert disk.get("default", name(1)).rank == 5
+        load(disk, 0)
+    assert load(disk, 1).rank == 5
 
 
 def test_nobody_waits_for_the_disk(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     disk, may_write = AdapterDisk(store, 10**9, tmp_path), threading.Event()
     monkeypatch.setattr(Adapter, "save", lambda *_: may_write.wait(60))
     for number in range(4):
-        assert disk.get("default", name(number)).rank == 5
+        assert load(disk, number).rank == 5
     assert not folder_bytes(tmp_path)
     may_write.set()
     disk.close()
@@ -120,8 +125,10 @@ def test_nothing_is_kept_of_a_local_store(tmp_path: Path, tiny_llama: BaseModel)
 
 @pytest.mark.parametrize(("tenant", "adapter_id"), [("..", name(0)), ("default", "../secrets"), ("a/b", name(0))])
 def test_names_lead_nowhere_else(store: AdapterStore, tmp_path: Path, tenant: str, adapter_id: str):
-    with pytest.raises(UserError):
-        AdapterDisk(store, 10**9, tmp_path).get(tenant, adapter_id)
+    disk = AdapterDisk(store, 10**9, tmp_path)
+    for method in (disk.copy, disk.fetch):
+        with pytest.raises(UserError):
+            method(tenant, adapter_id)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,9 +1,11 @@
 """Base models: what they are called, which they are, what of them is adapted, and what is refused."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -79,16 +81,43 @@ def test_stop_tokens_are_the_models_and_the_tokenizers(tiny_llama: BaseModel, mo
         assert tiny_llama.stop_ids == wanted
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no weights", "no configuration"])
+@pytest.mark.parametrize("damage", ["truncated", "no weights", "no configuration", "other sizes"])
 def test_damaged_models_are_refused(folder: Path, damage: str) -> None:
     weights = folder / "model.safetensors"
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "other sizes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 60}))
     else:
         (weights if damage == "no weights" else folder / "config.json").unlink()
     with pytest.raises(UserError, match=rf"base model {folder}: cannot be loaded from ") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "device 'gpu' unknown: .*cpu"), ("cuda:99", "base model .*: cannot be loaded from")]
+)
+def test_devices_that_are_not_there_are_refused(tiny_llama: BaseModel, device: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_base_model(tiny_llama.name, device, "float32")
+
+
+def test_a_device_that_is_full_is_no_mistake_and_silent_errors_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_with(error: Exception) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+        load(folder)
+
+    with pytest.raises(UserError, match=f"cannot be loaded from {folder}: OSError"):
+        load_with(OSError())
+    with pytest.raises(torch.OutOfMemoryError):
+        load_with(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c", "~/model"])
@@ -129,6 +158,20 @@ def test_half_fetched_models_are_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "remote").iterdir()) == []
 
 
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_models_whose_upload_is_not_finished_are_not_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setenv("D2L_CACHE", str(tmp_path / "cache"))
+    url, files = f"memory://bucket/without-{missing}", fsspec.filesystem("memory")
+    files.put(f"{folder}/", f"{url}/", recursive=True)
+    files.rm(f"{url}/{missing}")
+    with pytest.raises(UserError, match=rf"base model {url}: has no (config\.json|\*\.safetensors); copy all"):
+        load_base_model(url, "cpu", "float32")
+    files.put(str(folder / missing), f"{url}/{missing}")
+    assert load_base_model(url, "cpu", "float32").digests == load(folder).digests
+
+
 def test_unknown_protocols_are_refused() -> None:
     with pytest.raises(UserError, match=r"base model nonsense://x/y: cannot be fetched \(Protocol not known"):
         load_base_model("nonsense://x/y")
@@ -143,6 +186,13 @@ def test_templates_that_write_the_date_are_the_same_every_day(tiny_llama: BaseMo
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template; take a base model made for conversation"):
         chat_text(tokenizer, turn)
+
+
+def test_conversations_that_the_template_refuses_are_the_users_mistake(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"messages: .*chat template refuses them \(roles must alternate\)"):
+        chat_text(tokenizer, [{"role": "assistant", "content": "Hello"}])
 
 
 def test_logits_are_scaled_as_the_model_itself_does(tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,12 @@ def test_affinity_saves_loads():
     assert ours["replicas_of_hottest"] > 1
 
 
+def test_an_adapter_that_nobody_asked_for_is_on_no_replica():
+    config = BenchRouteConfig((1,), requests_per_replica=1, adapters_per_replica=1000, exponent=0)
+    for result in bench_route(config)["simulated"].values():
+        assert result["replicas_of_hottest"] == 0
+
+
 def test_caches_that_hold_everything_load_everything_once():
     config = BenchRouteConfig((1,), requests_per_replica=3000, adapters_per_replica=20, cached=20, utilisation=0.3)
     for result in bench_route(config)["simulated"].values():

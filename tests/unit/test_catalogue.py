@@ -2,6 +2,7 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l import catalogue as catalogue_module
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue, Event, Usage
 from d2l.errors import UserError
 from d2l.storage import Storage
 
@@ -317,6 +318,39 @@ def test_order_of_arrival_does_not_matter(timeline: list[tuple[str, tuple[str, s
     assert one.last() == expected
 
 
+@given(st.lists(st.tuples(kinds, names, st.integers(0, 3), st.sampled_from(["one", "two"])), max_size=12))
+def test_what_a_tenant_has_is_counted(
+    tmp_path_factory: pytest.TempPathFactory, timeline: list[tuple[str, tuple[str, str], int, str]]
+) -> None:
+    catalogue = Catalogue(tmp_path_factory.getbasetemp() / "nothing")
+    documents = {name: catalogue_module._Document() for name in ("one", "two")}
+    for number, (kind, (version, hypernetwork), second, doc_id) in enumerate(timeline):
+        happened = event(kind, version, second, doc_id=doc_id, hypernetwork=hypernetwork, bytes=10**number)
+        catalogue.apply([happened, replace(happened, tenant="rival")])
+        if kind != "failed":
+            documents[doc_id].apply(happened)
+        ready = [document.ready for document in documents.values() if document.ready]
+        size = sum(e.bytes for adapters in ready for e in adapters.values())
+        assert catalogue.usage("acme") == catalogue.usage("rival") == Usage(len(ready), size)
+    assert catalogue.usage("nobody") == Usage(0, 0)
+
+
+def test_documents_are_listed_in_the_order_of_ids(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path)
+
+    def listed(after: str | None = None) -> str:
+        return "".join(e.doc_id for e in catalogue.listed("acme", after))
+
+    assert listed() == ""
+    catalogue.apply(event(doc_id=name) for name in "gcae")
+    assert (listed(), listed("c"), listed("d"), listed("g"), listed("")) == ("aceg", "eg", "eg", "", "aceg")
+    catalogue.apply([event(doc_id="f"), event(doc_id="b"), event("deleted", second=1, doc_id="c")])
+    catalogue.apply([event(doc_id="d", tenant="rival")])
+    assert (listed(), listed("c")) == ("abefg", "efg")
+    catalogue.apply([event(second=2, doc_id="c", version="v2")])
+    assert (listed(), next(catalogue.listed("acme", "b")).version) == ("abcefg", "v2")
+
+
 def test_bad_events_are_refused(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path)
     for bad in (event(tenant="No Tenant"), event(doc_id="auto"), event(doc_id="two\nlines")):
@@ -332,3 +366,11 @@ def test_storage_that_fails(s3_server: str, tmp_path: Path) -> None:
     (tmp_path / "catalogue").write_text("a file in the way")
     with pytest.raises(UserError, match="catalogue"):
         Catalogue(tmp_path).append([event()])
+
+
+def test_a_damaged_data_file_is_reported(tmp_path: Path) -> None:
+    Catalogue(tmp_path).append([event()])
+    (file,) = (tmp_path / "catalogue").glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"catalogue: the catalogue cannot be used \(.*[Pp]arquet"):
+        Catalogue(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from d2l.catalogue import Event
 from d2l.errors import StorageError
-from serve.catalogue.deployment import CatalogueDeployment, Upload
+from serve.catalogue.deployment import CatalogueDeployment, Upload, check_room
 from serve.catalogue.feed import Feed
 from serve.catalogue.keys import OPEN, AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
@@ -137,6 +137,36 @@ def test_old_versions_take_room_until_their_document_is_deleted(run: Any) -> Non
         await deployment.commit(DELETED, key)
         await deployment.commit(version("third"), key)
         assert current(deployment) == "third"
+
+    run(test)
+
+
+def test_what_arrives_together_shares_the_room(run: Any) -> None:
+    key = replace(OPEN, limits=Limits(documents=3, bytes=350))
+
+    def upload(doc_id: str) -> Event:
+        return replace(ready("first"), doc_id=doc_id, bytes=100)
+
+    async def test(deployment: Any) -> None:
+        await deployment.commit(upload("there"), key)
+        uploads = [upload(doc_id) for doc_id in ("a", "there", "b", "c")]
+        together = await asyncio.gather(*(deployment.commit(each, key) for each in uploads), return_exceptions=True)
+        assert [isinstance(each, ApiError) for each in together] == [False, False, False, True]
+        check_room(deployment._catalogue, key, "there")
+        with pytest.raises(ApiError, match="3 documents"):
+            check_room(deployment._catalogue, key, "c")
+
+    run(test)
+
+
+def test_who_has_used_up_more_than_a_minute_s_tokens_is_told_how_long_it_takes(run: Any) -> None:
+    key = replace(OPEN, limits=Limits(tokens_per_minute=60))
+
+    async def test(deployment: Any) -> None:
+        await deployment.charge(key, 660)
+        with pytest.raises(ApiError, match="Try again in 601 s") as error:
+            await deployment.admit(key)
+        assert (error.value.status, error.value.retry_after_s) == (429, 601)
 
     run(test)
 

@@ -1,5 +1,8 @@
 """Folders of a run: whole or not there, the last few kept, local and in S3."""
 
+import multiprocessing
+import resource
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
 from d2l.storage import Storage
 from pipelines.recipes import OptimizerConfig
+from pipelines.training import checkpoints
 from pipelines.training.checkpoints import MARK, StepFolders, fetched, restore_learning, save_learning, upload
 from pipelines.training.loop import learning_rate_at, new_optimizer
 from tests.conftest import tiny_hypernetwork
@@ -57,7 +61,26 @@ def test_a_failing_writer_leaves_nothing(root):
     assert folders._steps(whole=False) == []
 
 
-def test_a_failing_upload_is_told_at_the_next_one(tmp_path):
+def test_an_upload_that_fails_is_tried_again(root, monkeypatch, caplog):
+    folders, failures = StepFolders(root, "checkpoints", keep=2), iter(range(2))
+    put = folders._storage.filesystem.put_file
+
+    def away(*paths):
+        if next(failures, None) is not None:
+            raise ConnectionError("nobody answers")
+        return put(*paths)
+
+    monkeypatch.setattr(folders._storage.filesystem, "put_file", away)
+    monkeypatch.setattr(checkpoints, "_PAUSES", (0, 0))
+    write(folders, 3)
+    with fetched(folders.url(3)) as folder:
+        assert (folder / "a").read_text() == "3"
+    assert folders.latest() == 3
+    assert caplog.text.count("nobody answers") == 2
+
+
+def test_a_failing_upload_is_told_at_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_PAUSES", (0,))
     (tmp_path / "run").write_text("a file, where a folder is needed")
     folders = StepFolders(str(tmp_path / "run"), "checkpoints", keep=2)
     with folders.writing(1, {}):
@@ -66,15 +89,37 @@ def test_a_failing_upload_is_told_at_the_next_one(tmp_path):
         raise AssertionError("not reached")
 
 
+def step(module, optimizer):
+    for i, parameter in enumerate(module.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.1 * (i + 1))
+    optimizer.step()
+
+
+def _save_with_small_files(folder, hypernetwork, optimizer):
+    hypernetwork.save_pretrained(folder / "weights")
+    # Files of this process cannot grow beyond the weights', which are half of the optimizer's.
+    most = (folder / "weights/model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    folders = StepFolders(str(folder / "run"), "checkpoints", 1)
+    with pytest.raises(UserError, match="storage failed"), folders.writing(1, {}) as local:
+        save_learning(local, hypernetwork, optimizer)
+
+
+def test_a_full_disk_is_told(tiny_llama, tmp_path):
+    hypernetwork = tiny_hypernetwork(tiny_llama).train()
+    optimizer = new_optimizer(hypernetwork, OptimizerConfig())
+    step(hypernetwork, optimizer)
+    # In a process of its own: the limit would hit the test runner's output too.
+    arguments = (tmp_path, hypernetwork, optimizer)
+    writer = multiprocessing.get_context("fork").Process(target=_save_with_small_files, args=arguments)
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 0
+
+
 def test_learning_goes_on_from_a_checkpoint(tiny_llama, tmp_path):
     hypernetwork = tiny_hypernetwork(tiny_llama).train()
     optimizer = new_optimizer(hypernetwork, OptimizerConfig())
-
-    def step(module, optimizer):
-        for i, parameter in enumerate(module.parameters()):
-            parameter.grad = torch.full_like(parameter, 0.1 * (i + 1))
-        optimizer.step()
-
     step(hypernetwork, optimizer)
     with StepFolders(str(tmp_path), "checkpoints", 1).writing(1, {"step": 1, "more": [2]}) as folder:
         save_learning(folder, hypernetwork, optimizer)

@@ -31,9 +31,19 @@ def test_help_lists_the_commands(capsys):
     assert all(name in shown for name in cli.COMMANDS)
 
 
-def test_an_unknown_command_is_named(capsys):
-    assert run("frobnicate") == 2
-    assert "'frobnicate'" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [("bench", "--help"), ("-h", "bench"), ("bench", "nothing", "-h"), ("no", "--help")])
+def test_help_is_to_be_had_of_what_is_no_command(words, capsys):
+    assert run(*words) == 0
+    shown, errors = capsys.readouterr()
+    assert "bench convert" in shown
+    assert ("catalogue list" in shown) == (words[0] != "bench")
+    assert not errors
+
+
+@pytest.mark.parametrize("name", ["frobnicate", "[/x]", "bench"])
+def test_an_unknown_command_is_named(name, capsys):
+    assert run(name) == 2
+    assert f"no command {name!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

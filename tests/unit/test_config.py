@@ -31,6 +31,7 @@ class Outer:
     maybe: Inner | None = None
     kind: Literal["a", "b"] = "a"
     free: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, str] = (1, "m")
 
 
 inners = st.builds(Inner, st.integers(), st.floats(allow_nan=False))
@@ -43,6 +44,7 @@ outers = st.builds(
     st.none() | inners,
     st.sampled_from(["a", "b"]),
     st.dictionaries(st.text(), st.integers() | st.text()),
+    st.tuples(st.integers(), st.text()),
 )
 
 
@@ -79,9 +81,13 @@ def test_absent_fields_take_their_defaults_and_whole_numbers_become_floats() -> 
         ({"maybe": {}}, r"Outer\.maybe: missing field\(s\) x"),
         ({"name": 3}, r"Outer\.name: expected str, got 3"),
         ({"inner": {"x": "one"}}, r"Outer\.inner\.x: expected int, got 'one'"),
+        ({"inner": {"x": True}}, r"Outer\.inner\.x: expected int, got True"),
         ({"inner": [1]}, r"Outer\.inner: expected an object, got \[1\]"),
         ({"items": "12"}, r"Outer\.items: expected a list, got '12'"),
         ({"items": [1, "2"]}, r"Outer\.items: expected int, got '2'"),
+        ({"size": [1]}, r"Outer\.size: expected 2 items, got \[1\]"),
+        ({"size": [1, "m", "m"]}, r"Outer\.size: expected 2 items"),
+        ({"size": [1, 2]}, r"Outer\.size: expected str, got 2"),
         ({"kind": "c"}, r"Outer\.kind: expected one of a, b, got 'c'"),
     ],
 )

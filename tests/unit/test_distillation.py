@@ -1,5 +1,8 @@
 """Context distillation: a LoRA for one document."""
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 
 from d2l import DocToLora
@@ -42,3 +45,40 @@ def test_it_finds_likely_what_the_base_model_says_with_the_document(tiny_llama: 
 def test_without_questions_there_is_nothing_to_learn(tiny_llama: BaseModel) -> None:
     model = DocToLora(tiny_llama, tiny_hypernetwork(tiny_llama))
     assert Distiller(model, DistillationConfig(), SAMPLING)(DOCUMENT, []) is None
+
+
+def writing(model: DocToLora, monkeypatch: pytest.MonkeyPatch, written: Sequence[str]) -> list[tuple[float, float]]:
+    """Have the base model write these, the last one again and again; gives temperatures, and what chance would say."""
+    tries: list[tuple[float, float]] = []
+
+    def write(prompts: Sequence[str], adapters: Sequence[None], sampling: SamplingConfig) -> list[str]:
+        tries.append((sampling.temperature, float(torch.rand(()))))
+        return [written[min(len(tries), len(written)) - 1]] * len(prompts)
+
+    monkeypatch.setattr(model, "generate_batch", write)
+    return tries
+
+
+def test_questions_are_asked_for_until_enough_pass(tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DocToLora(tiny_llama, tiny_hypernetwork(tiny_llama))
+    opens, closes = "When does the harbour open?", "Who closes the harbour at nine?"
+    noon, time = "Does the harbour open at noon?", "What time is noon at the harbour?"
+    tries = writing(model, monkeypatch, ["It is late.", f"1. {opens}\n2. {closes}", opens, f"{noon}\n{time}"])
+    questions = Distiller(model, DistillationConfig(), SAMPLING).generated_questions(DOCUMENT)
+    assert questions == [opens, closes, noon, time]
+    assert [temperature for temperature, _ in tries] == [0, 0.8, 0.8, 0.8]
+
+
+def test_no_question_is_asked_about_what_does_not_fit_the_window(tiny_llama: BaseModel) -> None:
+    model = DocToLora(tiny_llama, tiny_hypernetwork(tiny_llama))
+    assert Distiller(model, DistillationConfig(), SAMPLING).generated_questions(DOCUMENT * 9) == []
+
+
+def test_tries_differ_and_are_the_same_again_and_end(tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DocToLora(tiny_llama, tiny_hypernetwork(tiny_llama))
+    tries, distiller = writing(model, monkeypatch, ["It is late."]), Distiller(model, DistillationConfig(), SAMPLING)
+    before = torch.get_rng_state()
+    assert [distiller.generated_questions(DOCUMENT) for _ in range(2)] == [[], []]
+    assert tries[:8] == tries[8:]
+    assert len(set(tries)) == 8
+    assert torch.equal(torch.get_rng_state(), before)

@@ -115,3 +115,8 @@ def test_other_models_are_refused(folder: Path, file: str, fields: dict[str, boo
 def test_an_unknown_name_is_refused_with_what_would_do() -> None:
     with pytest.raises(UserError, match=r"embedding model 'nowhere': no such folder\. Give .* or: all-minilm-l6-v2"):
         EmbeddingModel.of("nowhere")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"embedding model .*: cannot be loaded from .*gpu"):
+        Embedder(EmbeddingModel.of(BUNDLED), "gpu")

@@ -157,6 +157,17 @@ def test_word_documents_are_read_with_fields_insertions_and_tables_in_tables() -
     assert text == "A field of its own.\n\nThe fee is 45 euros a year.\n\n | outer\ninner\n"
 
 
+def spanned(document: docx.document.Document) -> None:
+    table = document.add_table(2, 3)
+    table.cell(0, 0).merge(table.cell(0, 1)).text = "size"
+    for row, column, text in ((0, 2, "ground"), (1, 0, "12 m"), (1, 1, "12 m"), (1, 2, "mud")):
+        table.cell(row, column).text = text
+
+
+def test_a_cell_that_spans_columns_is_read_once() -> None:
+    assert extract(word(spanned), "table.docx") == "size | ground\n12 m | 12 m | mud\n"
+
+
 def test_names_with_underscores_stay_as_they_are() -> None:
     assert extract(b"<p>Set max_wal_size to 2*3 and *args.</p>", "a.html") == "Set max_wal_size to 2*3 and *args.\n"
 

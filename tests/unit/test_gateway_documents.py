@@ -3,20 +3,25 @@
 import asyncio
 import contextvars
 import dataclasses
+import json
+import math
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
-from d2l.catalogue import Event
+from d2l.catalogue import Catalogue, Event
 from serve.catalogue.deployment import Upload
-from serve.catalogue.keys import OPEN
+from serve.catalogue.keys import OPEN, AddKeyConfig, Keys, add_key
 from serve.errors import STORAGE_UNAVAILABLE, ApiError
 from serve.gateway import documents
 from serve.gateway.backend import Backend
 from serve.gateway.body_limit import BodyLimit
+from serve.gateway.deployment import build_app
+from serve.gateway.directory import Directory
 from serve.gateway.documents import _Files, _Given, _Uploads
 
 NOW = datetime.now(UTC)
@@ -35,10 +40,11 @@ def receiving(messages: list[dict[str, Any]]) -> Any:
     return receive
 
 
-def asked(app: Any, messages: list[dict[str, Any]], seconds: float) -> None:
+def asked(app: Any, messages: list[dict[str, Any]] | Any, seconds: float, bytes_per_s: float = 10**6) -> None:
     scope = {"type": "http", "headers": [], "path": "/"}
-    limited = BodyLimit(app, limit=100, larger={}, seconds=seconds)
-    asyncio.run(limited(scope, receiving(messages), None))  # type: ignore[arg-type]
+    limited = BodyLimit(app, limit=100, larger={}, seconds=seconds, bytes_per_s=bytes_per_s)
+    receive = receiving(messages) if isinstance(messages, list) else messages
+    asyncio.run(limited(scope, receive, None))  # type: ignore[arg-type]
 
 
 async def read(scope: Any, receive: Any, send: Any) -> None:
@@ -50,6 +56,55 @@ def test_a_body_that_does_not_come_is_refused() -> None:
     with pytest.raises(HTTPException, match=r"not come within 0\.05 s") as error:
         asked(read, [{"type": "http.request", "body": b"{", "more_body": True}], 0.05)
     assert error.value.status_code == 408
+
+
+def test_a_large_body_may_take_longer_while_it_comes_fast_enough() -> None:
+    left = 20
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        await asyncio.sleep(0.02)
+        left -= 1
+        return {"type": "http.request", "body": b"12345", "more_body": left > 0}
+
+    asked(read, receive, seconds=0.2, bytes_per_s=10)
+    assert left == 0
+    left = 10**6
+    with pytest.raises(HTTPException, match="Send it faster") as error:
+        asked(read, receive, seconds=0.2, bytes_per_s=1000)
+    assert error.value.status_code == 408
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/documents"])
+@pytest.mark.parametrize("key", [None, "Bearer d2l-wrong", "Basic {key}", "Bearer {key}"])
+def test_without_a_key_no_body_is_waited_for(tmp_path: Path, route: str, key: str | None) -> None:
+    secret = add_key(AddKeyConfig(file=str(tmp_path / "keys.json"), tenant="acme"))["key"]
+    directory = Directory(Catalogue(tmp_path / "store"), None)  # type: ignore[arg-type]
+    directory._keys, directory._lease = Keys.read(tmp_path / "keys.json"), math.inf
+    authorization = [(b"authorization", key.format(key=secret).encode())] if key else []
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": route,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), *authorization],
+    }
+    waited, sent = False, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal waited
+        waited = True
+        return {"type": "http.request", "body": b"{", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(build_app(dataclasses.replace(backend(), directory=directory))(scope, receive, send))  # type: ignore[arg-type]
+    known = key == "Bearer {key}"
+    assert waited == known
+    assert sent[0]["status"] == (400 if known else 401)
+    assert json.loads(sent[1]["body"])["error"]["code"] == (None if known else "invalid_api_key")
+    assert ((b"www-authenticate", b"Bearer") in sent[0]["headers"]) != known
 
 
 def test_a_client_whose_body_has_come_may_wait_longer() -> None:

@@ -66,6 +66,16 @@ def test_save_and_load_is_exact(tiny_base: BaseModel, tmp_path: Path, generator:
     assert base_model_of(tmp_path) == tiny_base.name
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_checkpoints_are_written_to_local_folders_only(
+    tiny_llama: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"s3:/+bucket/run: cannot be written to; give a local folder, and copy it"):
+        tiny_hypernetwork(tiny_llama).save_pretrained(kind("s3://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_may_lie_in_object_storage(tiny_base: BaseModel, tmp_path: Path) -> None:
     url, files = "memory://bucket/run/hypernetwork", fsspec.filesystem("memory")
     hypernetwork = tiny_hypernetwork(tiny_base)
@@ -243,6 +253,11 @@ def test_a_full_disk_leaves_no_checkpoint(
         ({"encoder": EncoderConfig("early_exit")}, "generator outer_product reads activations, not 'early_exit'"),
         ({"generator_config": {"depth": 3}}, r"generator outer_product: unknown field\(s\) depth"),
         ({"target_modules": ("c_attn",)}, "no linear module 'c_attn' in every layer; it has down_proj"),
+        ({"target_modules": ()}, "target_modules must name at least one module"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"bias_rank": -1}, "bias_rank must be at least 0, got -1"),
+        ({"generator_config": {"key_rank": 0}}, "outer_product: key_rank must be at least 1, got 0"),
+        ({"generator_config": {"value_width": -2}}, "outer_product: value_width must be at least 1, got -2"),
     ],
 )
 def test_impossible_hypernetworks_are_refused(tiny_llama: BaseModel, fields: dict[str, Any], message: str) -> None:

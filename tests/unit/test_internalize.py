@@ -182,6 +182,20 @@ def test_ranks_that_leave_no_row_are_refused(tiny_llama: BaseModel, bias_rank: i
     assert Internalizer(tiny_llama, hypernetwork, least)(documents(30))[0].rank == bias_rank + 1
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_chunks_that_exceed_the_window_with_their_affixes_are_refused(tiny_llama: BaseModel, twice: bool) -> None:
+    def make(most: int) -> Internalizer:
+        encoder = EncoderConfig("activations", read_twice=twice)
+        chunking = ChunkingConfig(max_chunk_tokens=most)
+        return Internalizer(tiny_llama, tiny_hypernetwork(tiny_llama, encoder=encoder, chunking=chunking))
+
+    most, affixes = 512 // (1 + twice), Affixes.of(tiny_llama.tokenizer).length
+    make(most - affixes)
+    read = 512 + (1 + twice)
+    with pytest.raises(UserError, match=rf"max_chunk_tokens {most - affixes + 1}: {read} tokens .* window of .*, 512;"):
+        make(most - affixes + 1)
+
+
 @pytest.mark.parametrize("words", [1, 30])
 def test_documents_are_read_a_few_batches_ahead(tiny_llama: BaseModel, words: int) -> None:
     hypernetwork = tiny_hypernetwork(tiny_llama)

@@ -208,6 +208,19 @@ def test_capped_logits_are_capped(tiny_llama, documents, monkeypatch):
     assert loss.item() == pytest.approx(np.log(tiny_llama.model.config.vocab_size), abs=0.01)
 
 
+def test_answers_that_are_right_are_a_share_of_all_answers(tiny_base, documents):
+    few, _, _, many = sorted(documents, key=lambda document: len(document.answers))
+    right, wrong = len(few.answers), len(many.answers)
+
+    def learner(batch):
+        found = {"answer_loss": 1.0, "exact_match": float(batch.questions == [right])}
+        return None, {name: torch.tensor(value) for name, value in found.items()}
+
+    dev = {"facts": [PackedBatch("facts", True, [document]) for document in (few, many)]}
+    scores = evaluate(learner, tiny_base, dev, Affixes.of(tiny_base.tokenizer))
+    assert scores["dev_facts_exact_match"] == pytest.approx(right / (right + wrong))
+
+
 def test_evaluation_is_the_mean_over_documents(tiny_base, documents):
     learner, affixes = learner_of(tiny_base), Affixes.of(tiny_base.tokenizer)
     dev = {"needle": [PackedBatch("needle", True, documents[:1]), PackedBatch("needle", True, documents[1:])]}

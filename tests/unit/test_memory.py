@@ -112,6 +112,25 @@ def test_gradients_are_the_update_s(count: int) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("count", [9, D_IN + 9])
+def test_a_system_that_has_no_factor_gives_no_finite_update(count: int) -> None:
+    """Of its layer alone. No system of a trained hypernetwork is like that but by rounding: here s is negative."""
+    strengths = {"down_proj": torch.tensor([0.7, -4.0, 4.0])}
+    one = delta(regress(rows(count), strengths))["down_proj"]
+    batch = delta(regress(stack([rows(count), rows(count, seed=1)]), strengths))["down_proj"]
+    for update in (one, batch, written([rows(count)], strengths, 5)):
+        assert update.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+        assert not update[1].isfinite().any()
+
+
+def test_a_long_documents_moments_lose_nothing_to_rounding() -> None:
+    key = torch.eye(D_IN)[:1].expand(3, 1, -1)
+    much = {"down_proj": LowRank(4096 * key, torch.zeros(3, 1, D_OUT))}  # squared, 1 more is lost in float32
+    little = {"down_proj": LowRank(key, torch.ones(3, 1, D_OUT))}
+    found = written([much, *[little] * 1000], STRENGTHS, capacity=0)[2, :, 0]
+    torch.testing.assert_close(found, torch.full_like(found, 5 * 1000 / (1 + 4 * (4096**2 + 1000))), rtol=1e-5, atol=0)
+
+
 def test_rank_and_dtype() -> None:
     half = map_tensors(rows(60), lambda t: t.bfloat16())
     memory = Memory(STRENGTHS, capacity=20)

@@ -54,6 +54,26 @@ def test_a_question_is_a_conversation_of_one_turn(model: DocToLora, adapters: li
     assert model.generate(more, adapters[0], SHORT) != alone
 
 
+def test_no_questions_have_no_answers(model: DocToLora) -> None:
+    assert model.generate_batch([], []) == []
+
+
+def test_answers_that_may_not_fit_the_window_are_refused(model: DocToLora) -> None:
+    prompt = len(model.base.prompt_ids([{"role": "user", "content": QUESTION}]))
+    model.stream(QUESTION, sampling=SamplingConfig(512 - prompt))  # nothing is generated until it is read
+    sampling = SamplingConfig(512 - prompt + 1)
+    message = rf"{prompt} tokens of prompt and max_new_tokens {sampling.max_new_tokens} exceed the window of .*, 512"
+    for ask in (
+        lambda: model.generate(QUESTION, sampling=sampling),
+        lambda: model.generate_batch(["Who?", QUESTION], [None, None], sampling),
+        lambda: model.stream(QUESTION, sampling=sampling),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask()
+    with pytest.raises(UserError, match="tokens of prompt and max_new_tokens 128 exceed"):
+        model.generate("?" * 600)
+
+
 @pytest.mark.parametrize("which", [None, 0, 1])
 def test_pieces_of_a_stream_join_to_the_answer(model: DocToLora, adapters: list[Adapter], which: int | None) -> None:
     adapter = None if which is None else adapters[which]

@@ -6,14 +6,17 @@ import json
 import pytest
 import torch
 from matplotlib import image
+from mlflow.tracking import MlflowClient
 
 from d2l import generation
 from d2l.base_model import BaseModel
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
+from pipelines import tracking
 from pipelines.evaluate import needle_report as report
-from pipelines.evaluate.answers import AnswerLog, Answers, Evaluation, line
+from pipelines.evaluate.answers import AnswerLog, Answers, Evaluation, line, running
 from pipelines.evaluate.baselines import InContext, without_middle
+from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.intervals import wilson
 from pipelines.evaluate.needle_report import JoinConfig
 from pipelines.evaluate.needle_scores import scores
@@ -96,12 +99,33 @@ def test_the_log_gives_back_what_it_got_and_survives_a_kill(tmp_path) -> None:
         list(log.read())
 
 
+SETTING = Setting("abcd", "base", 1, 0, "filler", "", (128,), 0)
+
+
 def evaluation(folder, trials, hypernetwork: str = "abcd"):
     folder.mkdir()
     AnswerLog(folder, Trial).append([line(t) for t in trials])
-    setting = Setting(hypernetwork, "base", 1, 0, "filler", "", (128,), 0)
-    Evaluation(setting, folder.name).save(folder)
+    Evaluation(dataclasses.replace(SETTING, hypernetwork=hypernetwork), folder.name).save(folder)
     return folder
+
+
+def test_a_folder_keeps_its_run_until_another_is_named(tmp_path, caplog) -> None:
+    config = EvaluateConfig(
+        output=tmp_path / "report", tracking=tracking.TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db", "test")
+    )
+    file = tmp_path / "report/evaluation.json"
+    first = Evaluation.open(config.output, SETTING, "run", config)
+    written = file.stat()
+    assert Evaluation.open(config.output, SETTING, "run", config) == first
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    other = tracking.open_run(config.tracking, "other", SETTING)
+    MlflowClient(config.tracking.uri).log_param(other.run_id, "hypernetwork_fingerprint", "another")
+    with running(SETTING, Trial, "run", dataclasses.replace(config, tracking=other)) as evaluation:
+        assert evaluation.run_id == other.run_id != first.run_id
+    assert "MLflow did not take the fingerprint" in caplog.text
+    assert Evaluation.load(config.output, Setting) == Evaluation(SETTING, other.run_id)
+    assert file.stat().st_ino != written.st_ino  # a new file in its place: never half of one
+    assert [path.name for path in config.output.iterdir()] == ["evaluation.json"]
 
 
 def test_evaluations_join_into_one_table_and_plots(tmp_path, capsys, monkeypatch) -> None:
@@ -118,6 +142,7 @@ def test_evaluations_join_into_one_table_and_plots(tmp_path, capsys, monkeypatch
     assert {name: written[name] for name in result} == result
     assert len(written["by_depth"]) == 5 * (10 + 10 + 5)
     table = (tmp_path / "both/results.md").read_text()
+    assert "Wilson; where documents have several needles, bootstrap over documents" in table
     assert "## 1 needle in prose, 3 distractors" in table
     assert "| 1,024 | adapter, rank 128 | 100.0% | 72.2% to 100.0% |" in table
     assert "document in the prompt, its first and last 250 tokens" in table  # of 1,024

@@ -9,6 +9,7 @@ from pipelines import recipes
 from pipelines.cli import COMMANDS, main
 from pipelines.training import job, plan
 from pipelines.training.job import TrainConfig, train
+from tests.conftest import tiny_hypernetwork
 
 RUNS = [
     job.needle_run,
@@ -47,6 +48,20 @@ def test_every_recipe_can_be_planned(make, shallow):
     least = 4 * report["parameters_base"] * 3 * 64 / 1e12
     (operations,) = report["tflop_per_batch"]
     assert operations > min(least, 0.01)
+    streams_teacher = make in (job.gemma2_2b_run, job.mistral_7b_run, job.qwen3_4b_run)
+    assert report["teacher_devices"] == (4 if streams_teacher else 0)
+
+
+def test_a_run_from_given_weights_is_planned_with_their_hypernetwork(tiny_llama, tmp_path, shallow):
+    config = small(job.needle_run())
+    made = tiny_hypernetwork(tiny_llama, chunking=config.recipe.hypernetwork.chunking)
+    made.save_pretrained(tmp_path)
+    same = dataclasses.replace(config.recipe, hypernetwork=made.config)
+    given, expected = (
+        train(dataclasses.replace(config, **more))["parameters_hypernetwork"]
+        for more in ({"init_from": str(tmp_path)}, {"recipe": same})
+    )
+    assert given == expected
 
 
 def test_time_is_all_stages_and_memory_the_largest_ones(shallow):

@@ -1,24 +1,28 @@
 """Training sets without Ray: files of every shape to rows, rows to documents, documents to files and statistics."""
 
+import io
 import json
 import os
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
+from fsspec.implementations.local import LocalFileSystem
 
 from d2l.base_model import BaseModel
 from d2l.chat import document_question
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.storage import Storage
 from pipelines.prepare.answers import ask_for_answers, keep_extractive, take_answers
 from pipelines.prepare.card import add_up, render_card
-from pipelines.prepare.generation import PART_DOCUMENT, Completion
-from pipelines.prepare.job import PrepareConfig
+from pipelines.prepare.generation import PART_DOCUMENT, Completion, GenerationConfig, Workers, complete
+from pipelines.prepare.job import PrepareConfig, prepare
 from pipelines.prepare.parts import count_tokens, finish, group_documents, read_staged, stage
 from pipelines.prepare.questions import (
     QuestionConfig,
@@ -103,6 +107,64 @@ def test_prepared_rows_keep_ids_and_the_folders_splits(tmp_path: Path) -> None:
     assert (document["doc_id"], document["split"]) == ("h", "dev")
     assert document["questions"] == ["What?"]
     assert document["dropped"] == ["empty_question"]
+
+
+def test_folders_say_the_split_be_they_in_the_source_or_itself(tmp_path: Path) -> None:
+    folders = {"train": "train", "Validation": "dev", "test/deep": "test", "other": ""}
+    for folder in folders:
+        write(tmp_path / folder / "rows.jsonl", [{"text": f"{folder} row"}])
+        (tmp_path / folder / "text.txt").write_text(f"{folder} text")
+    expected = {f"{folder} {kind}": split for folder, split in folders.items() for kind in ("row", "text")}
+    apart = [tmp_path / folder.split("/")[0] for folder in folders]
+    files = [tmp_path / folder / name for folder in ("train", "Validation") for name in ("rows.jsonl", "text.txt")]
+    for sources in ([tmp_path], apart, [*files, *apart]):
+        assert {row["document"]: row["split"] for row in read(*sources)} == expected
+
+
+def test_folders_say_the_split_of_delta_tables(tmp_path: Path) -> None:
+    write_deltalake(tmp_path / "dev/table", pa.table({"text": [HARBOUR]}))
+    (row,) = read(tmp_path)
+    assert (row["document"], row["split"]) == (HARBOUR, "dev")
+
+
+def test_what_an_earlier_run_made_inside_a_source_is_no_source(tmp_path: Path) -> None:
+    for name in ("a.txt", "set/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(HARBOUR)
+    write(tmp_path / "set/train/part-00000.parquet", [{"document": MODEL, "questions": ["What?"], "answers": ["x"]}])
+    ((file,), _) = list_files((str(tmp_path),), SourceConfig(), f"{tmp_path}/set")
+    assert file.names == ("a.txt",)
+
+
+class Cut(io.BytesIO):
+    """A file of a storage that fails where the file ends."""
+
+    def readinto(self, buffer: Any) -> int:
+        if count := super().readinto(buffer):
+            return count
+        raise TimeoutError("Read timed out")
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise TimeoutError("Read timed out")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt"])
+def test_where_the_storage_fails_the_job_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It is no fault of the file, which would be left out for good."""
+    path = write(tmp_path / name, [{"text": HARBOUR}, {"text": MODEL}])
+    ((file,), _) = list_files((str(path),), SourceConfig())
+    monkeypatch.setattr(LocalFileSystem, "open", lambda self, path, *_, **__: Cut(Path(path).read_bytes()))
+    with pytest.raises(StorageError, match=rf"{path}: .*Read timed out"):
+        list(read_file(file, SourceConfig(), 1))
+
+
+def test_damaged_pages_are_a_fault_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [{"text": HARBOUR}, {"text": MODEL}])
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
+    (row,) = read(path)
+    assert row["reason"] == "unreadable"
+    assert "rows.parquet: cannot be read (" in row["message"]
 
 
 def test_texts_and_tables_of_documents(tmp_path: Path) -> None:
@@ -242,8 +304,12 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and so on")
     latin = pa.Table.from_arrays([pa.array(["a"])], schema=pa.schema([pa.field(b"caf\xe9", pa.string())]))
     pq.write_table(latin, tmp_path / "latin.parquet")
+    footer = bytearray(write(tmp_path / "footer.parquet", [{"text": HARBOUR}]).read_bytes())
+    start = len(footer) - 8 - int.from_bytes(footer[-8:-4], "little")
+    footer[start : start + 20] = b"\xff" * 20
+    (tmp_path / "footer.parquet").write_bytes(footer)
     for file in list_files((str(tmp_path),), SourceConfig())[0]:
-        with pytest.raises(UserError, match=r"(bad|latin)\.parquet: cannot be read"):
+        with pytest.raises(UserError, match=r"(bad|latin|footer)\.parquet: cannot be read"):
             inspect(file, SourceConfig(), need_answers=True)
     with pytest.raises(UserError, match="no such file"):
         list_files((str(tmp_path / "nowhere"),), SourceConfig())
@@ -279,6 +345,19 @@ def test_a_part_is_written_once_by_split(tmp_path: Path, tiny_llama: BaseModel) 
     assert "| dev | 1 | 1 |" in card
     assert "ab" * 32 in card
     assert 'license: "CC0-1.0"' in card
+
+
+def test_tokens_are_counted_a_few_texts_at_a_time(tiny_llama: BaseModel) -> None:
+    asked: list[int] = []
+
+    def tokenizer(texts: list[str], **options: Any) -> Any:
+        asked.append(len(texts))
+        return tiny_llama.tokenizer(texts, **options)
+
+    rows = [{"document": "0 " * n, "reason": ""} for n in range(1, 151)]
+    count_tokens(rows, tokenizer, 100)  # type: ignore[arg-type]
+    assert max(asked) <= 64
+    assert [row["tokens"] for row in rows] == [len(tiny_llama.tokenizer(row["document"])["input_ids"]) for row in rows]
 
 
 def test_percentiles_are_those_of_all_values() -> None:
@@ -369,6 +448,43 @@ def test_the_base_models_own_answers() -> None:
     assert (first["questions"], first["answers"]) == (["a?"], ["4821"])
     assert first["dropped"] == ["empty_answer", "prompt_beyond_window", "unfinished_answer"]
     assert second["questions"] == []
+
+
+def test_a_prompt_that_vllm_has_no_room_for_costs_a_token_and_has_no_completion(
+    tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the job; and of documents that ask nothing, nothing is answered."""
+
+    def build_processor(_: Any, preprocess: Any, postprocess: Any) -> Any:
+        def through(row: Row) -> Row:
+            row = row | preprocess(row)
+            written = {"prompt": f"<{row['messages'][0]['content']}>", "generated_text": " 4821\n"}
+            return postprocess(row | written | {"num_generated_tokens": row["sampling_params"]["max_tokens"] // 2})
+
+        return lambda requests: pa.Table.from_pylist([through(row) for row in requests.to_pylist()])
+
+    module = SimpleNamespace(build_processor=build_processor, vLLMEngineProcessorConfig=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "ray.data.llm", module)
+    table = documents(
+        {"document": HARBOUR, "questions": ["a?"], "answers": [""]},
+        {"document": "0 " * 600, "questions": ["b?"], "answers": [""]},
+        {"document": MODEL},
+    )
+    requests: Any = ask_for_answers(table)
+    completed: Any = complete(requests, tiny_llama.name, 64, GenerationConfig("vllm"), Workers(1, 1, "auto"))
+    first, second, third = take_answers(completed).to_pylist()
+    assert (first["questions"], first["answers"], first["dropped"]) == (["a?"], ["4821"], [])
+    assert (second["questions"], second["dropped"]) == ([], ["prompt_beyond_window"])
+    assert (third["questions"], third["dropped"]) == ([], [])
+
+
+def test_an_engine_that_is_not_installed_is_missed_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    config = PrepareConfig(("nowhere",), str(tmp_path / "out"), answers="self", generation=GenerationConfig("vllm"))
+    with pytest.raises(UserError, match=r"--engine vllm: .*pip install"):
+        prepare(config)
 
 
 def test_extractive_answers_stand_in_the_document() -> None:

@@ -32,6 +32,9 @@ def test_what_changes_no_answer_is_taken_and_what_would_is_not() -> None:
         "logit_bias": {},
         "store": False,
         "service_tier": "auto",
+        "metadata": {"team": "support"},
+        "safety_identifier": "5f0c",
+        "prompt_cache_key": "manual",
     }
     ChatRequest(model="m", messages=HELLO, **neutral)  # type: ignore[arg-type]
     for name, value in {

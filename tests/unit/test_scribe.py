@@ -1,5 +1,6 @@
-"""The best checkpoint: the lowest loss that is a number."""
+"""The best checkpoint: the lowest loss that is a number; and what of a run its board tells people."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from d2l.base_model import BaseModel
 from pipelines.training import loop
+from pipelines.training.board import Board, ToBoard
 from pipelines.training.checkpoints import StepFolders
 from tests.conftest import tiny_hypernetwork
 
@@ -34,3 +36,25 @@ def test_the_best_is_the_lowest_that_is_a_number(
         scribe.write(state, None, {}, evaluates=True, saves=False)
     scribe._best.wait()
     assert scribe._best.latest() == best
+
+
+def test_a_board_tells_each_warning_once_and_of_workers_that_were_replaced() -> None:
+    board: Any = Board.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+    board.begin()
+    for text in ("no split dev", "MLflow is away", "no split dev"):
+        board.warn(text)
+    assert board.read(0) == (0, {}, ["no split dev", "MLflow is away"])
+    board.begin()
+    step, _, (new,) = board.read(2)
+    assert step == 0
+    assert "a worker ended" in new
+    assert "restart 1" in new
+
+
+def test_warnings_alone_are_passed_on_to_the_board() -> None:
+    board = MagicMock()
+    logger = logging.Logger("pipelines.training", logging.INFO)
+    logger.addHandler(ToBoard(board))
+    logger.info("a step")
+    logger.warning("no split %s", "dev")
+    assert [call.args for call in board.warn.remote.call_args_list] == [("no split dev",)]

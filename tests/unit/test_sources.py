@@ -101,4 +101,31 @@ def test_links_to_files_are_files_however_they_are_named(tmp_path: Path) -> None
         listing = list_documents([str(tmp_path / source)], SourceConfig())
         (part,) = listing.parts
         assert "link.txt" in part.names
+        assert ("folder.txt/a.txt" in part.names) == ("*" in source)  # as if it were named
         assert listing.ignored == ignored
+
+
+def texts(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("A text.")
+
+
+def names(source: Path, output: str = "") -> set[str]:
+    return {name for part in list_documents([str(source)], SourceConfig(), output).parts for name in part.names}
+
+
+@pytest.mark.parametrize("pattern", ["*", "**", "[2a]*"])
+def test_folders_that_a_glob_matches_are_searched_through(tmp_path: Path, pattern: str) -> None:
+    found = {"a.txt", "2024/b.txt", "2024/may/c.txt"}
+    texts(tmp_path / "docs", *found)
+    assert names(tmp_path / "docs" / pattern) == found
+
+
+def test_what_a_job_writes_inside_its_source_is_no_source(tmp_path: Path) -> None:
+    texts(tmp_path, "a.txt", "store/README.md", "store/deep/b.txt", "store2/c.txt")
+    store = f"{tmp_path}/store"
+    for source in (tmp_path, tmp_path / "*"):
+        assert names(source, store) == {"a.txt", "store2/c.txt"}
+    for inside, output in (("store", store), ("store", str(tmp_path)), ("store/*", store)):
+        assert names(tmp_path / inside, output) == {"README.md", "deep/b.txt"}

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter, Provenance
 from d2l.base_model import BaseModel
 from d2l.chunking import ChunkingConfig
-from d2l.errors import UserError
+from d2l.errors import StorageError, UserError
 from d2l.factors import LowRank
 from d2l.internalize import InternalizeConfig
 from d2l.storage import Storage
@@ -142,6 +142,23 @@ def test_damaged_adapter_is_refused(tmp_path: Path, tiny_llama: BaseModel) -> No
         store.get("acme", ID)
 
 
+def test_two_may_remove_an_adapter_at_a_time(
+    tmp_path: Path, tiny_llama: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(tmp_path)
+    store.put("acme", ID, make(tiny_llama, 1))
+    look = Storage.exists
+
+    def exists(storage: Storage, name: str) -> bool:
+        found = look(storage, name)
+        storage.remove(name)  # by the other one, right after
+        return found
+
+    monkeypatch.setattr(Storage, "exists", exists)
+    assert store.remove("acme", ID)
+    assert not (tmp_path / "adapters" / "acme" / ID).exists()
+
+
 def test_unknown_adapter_and_bad_names(root: str) -> None:
     store = AdapterStore(root)
     with pytest.raises(UserError, match="not a complete adapter"):
@@ -157,6 +174,22 @@ def test_no_such_storage(s3_server: str, tiny_llama: BaseModel) -> None:
         AdapterStore("nonsense://x")
     with pytest.raises(UserError, match=r"cannot be written .*bucket"):
         AdapterStore("s3://no-such-bucket/x").put("acme", ID, make(tiny_llama, 1))
+
+
+@pytest.mark.parametrize("module", ["gcsfs.retry", "azure.core.exceptions"])
+def test_other_clouds_errors_are_the_storages(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, forbidden = Storage("memory://bucket"), type("Forbidden", (Exception,), {"__module__": module})
+
+    def cat_file(path: str) -> bytes:
+        raise forbidden("403")
+
+    monkeypatch.setattr(storage.filesystem, "cat_file", cat_file)
+    with pytest.raises(StorageError, match=r"memory://bucket/a: storage failed \(403\)"):
+        storage.read("a")
+
+
+def test_listings_are_never_cached() -> None:
+    assert not Storage("memory://bucket").filesystem.dircache.use_listings_cache
 
 
 @pytest.mark.parametrize("conflicts", [2, 5])

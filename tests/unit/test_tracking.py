@@ -1,13 +1,16 @@
 """MLflow: a run is gone on with, wherever its record is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from d2l.errors import UserError
-from pipelines.tracking import Tracker, TrackingConfig, open_run, register, registered
+from pipelines.tracking import Tracker, TrackingConfig, forgiven, open_run, register, registered
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,18 @@ def test_what_is_recorded_lies_beside_the_database_and_has_no_password(tmp_path:
     assert recorded.data.params == {"source": "docs"}
     assert recorded.info.artifact_uri.startswith(f"{tmp_path}/mlruns/")
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot") as error:
-        open_run(TrackingConfig("http://ann:s3cret@127.0.0.1:9"), "run", config)
-    assert "s3cret" not in str(error.value)
+        open_run(TrackingConfig("http://ann:s3@cret@127.0.0.1:9"), "run", config)
+    assert "cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("padding", [0, 275])
+def test_warnings_have_no_password(caplog: pytest.LogCaptureFixture, padding: int) -> None:
+    """Not even a part of it, where a long message is cut."""
+    with forgiven("a table"):
+        raise ConnectionError("x" * padding + " API request to http://ann:s3@cret@host:5000/api failed")
+    assert "did not take a table" in caplog.text
+    assert "ann" not in caplog.text
+    assert "cret" not in caplog.text
 
 
 def test_a_metric_that_mlflow_refuses_does_not_end_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -47,6 +60,32 @@ def test_a_metric_that_mlflow_refuses_does_not_end_the_record(tmp_path: Path, ca
     tracker.close()
     metrics = MlflowClient(config.uri).get_run(run.run_id).data.metrics
     assert (metrics["exact"], metrics["loss"]) == (0.5, 1.25)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_the_end_of_a_run_waits_for_mlflow_and_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, back: bool
+) -> None:
+    config = TrackingConfig(f"sqlite:///{tmp_path}/mlflow.db")
+    run = open_run(config, "run", Job("docs", config))
+    log_batch, tries = MlflowClient.log_batch, []
+
+    def away(self: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **options: Any) -> None:
+        if any(metric.key == "loss" for metric in metrics):
+            tries.append(run_id)
+            if not back or len(tries) == 1:
+                raise ConnectionError("nobody is there")
+        log_batch(self, run_id, metrics, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", away)
+    monkeypatch.setattr("pipelines.tracking._LAST_SECONDS", 0.5)
+    tracker = Tracker(run)
+    for step in (7, 8):
+        tracker.log(step, {"loss": 1.5})
+    tracker.close()
+    assert len(tries) == 2
+    assert ("2 metrics of steps 7 to 8 are lost" in caplog.text) == (not back)
+    assert ("loss" in MlflowClient(config.uri).get_run(run.run_id).data.metrics) == back
 
 
 def test_registered_models_are_found_by_alias_and_version(tmp_path: Path) -> None:

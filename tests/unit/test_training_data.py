@@ -1,6 +1,7 @@
 """Documents, windows and batches of training, without Ray: nothing is lost, doubled, or over the budget."""
 
 import dataclasses
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -17,9 +18,10 @@ from d2l.hypernetwork import HypernetworkConfig
 from pipelines import recipes
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.teacher import TOP
+from pipelines.training import parquet
 from pipelines.training.batches import PackedBatch, collate, pack
 from pipelines.training.job import _anywhere
-from pipelines.training.parquet import open_row_groups
+from pipelines.training.parquet import RowGroups, open_row_groups
 from pipelines.training.stages import WINDOW_BATCHES, dev_batches, open_stages
 from pipelines.training.tasks import Document, FactsTask, NeedleTask, QuestionsTask, RepeatTask, SourceConfig, open_task
 
@@ -88,6 +90,29 @@ def test_rows_are_shuffled_differently_each_epoch(rows23):
     assert rows[:23] != sorted(rows[:23])
 
 
+def test_a_copy_of_rows_reads_no_group_again(rows23, monkeypatch):
+    """Tasks that a process does one after the other each bring one."""
+    groups, read, once = open_row_groups(rows23, ["document"], "train"), [], RowGroups._read
+    parquet._read_group.cache_clear()
+    monkeypatch.setattr(RowGroups, "_read", lambda self, group: read.append(group) or once(self, group))
+    rows = [list(pickle.loads(pickle.dumps(groups)).read("of its own", 0, 1, 0, 3)) for _ in range(2)]
+    assert rows[0] == rows[1]
+    assert len(read) == 1
+    other = open_row_groups(rows23, ["document"], "train")
+    assert other == groups
+    other.digest = "another"
+    assert other != groups
+
+
+def test_a_digest_is_of_what_files_hold(tmp_path):
+    """As many rows in as many bytes are not the same rows."""
+    one, two, again = (
+        open_row_groups(write_rows(tmp_path / name / "train", [{"document": text}]), ["document"], "train")
+        for name, text in (("one", "text 1"), ("two", "text 2"), ("again", "text 1"))
+    )
+    assert one.digest == again.digest != two.digest
+
+
 def recipe_of(base, *shares, **fields) -> Recipe:
     hypernetwork = HypernetworkConfig(chunking=ChunkingConfig(max_chunk_tokens=64))
     stage = Stage(10, shares, batch_tokens=320)
@@ -133,6 +158,29 @@ def test_a_share_of_batches_has_questions_of_other_documents(tiny_llama):
     assert all(len(b.documents) > 1 for b in batches if b.unrelated)
 
 
+@pytest.mark.parametrize("name", ["books.txt", "books.parquet"])
+def test_a_digest_of_prose_is_of_what_it_holds_where_it_is_read(tiny_llama, tmp_path, name):
+    def digests(share):
+        (stage,) = open_stages(recipe_of(tiny_llama, share, prose=str(tmp_path / name)))
+        return stage.sources[0].digests()
+
+    def write(text):
+        if name.endswith("txt"):
+            (tmp_path / name).write_text(text)
+        else:
+            pq.write_table(pa.table({"text": [text]}), tmp_path / name)
+
+    told = Share(NeedleTask(40, 60, prose=0.5))
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        digests(told)
+    write("Call me Ishmael.")
+    first = digests(told)
+    assert list(first) == [str(tmp_path / name)]
+    write("Call me Abraham.")
+    assert digests(told) != first
+    assert digests(Share(NeedleTask(40, 60))) == {}
+
+
 def test_a_single_file_is_a_training_set(tmp_path):
     write_rows(tmp_path / "train", [{"document": "a", "questions": ["b?"], "answers": ["c"]}])
     (file,) = (tmp_path / "train").iterdir()
@@ -150,6 +198,29 @@ def test_a_set_that_is_still_being_made_is_refused(tmp_path):
     assert open_row_groups(data, ["document"], "train").count == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("document", [["a"]], "string, it is list of string"),
+        ("questions", ["b?"], "list of string, it is string"),
+        ("answers", [[1]], "list of string, it is list of number"),
+        ("answers", [{"text": ["c"]}], "list of string, it is struct<"),
+    ],
+)
+def test_columns_of_other_types_are_named(tmp_path, column, values, expected):
+    good = {"document": ["a"], "questions": [["b?"]], "answers": [["c"]]}
+    (tmp_path / "train").mkdir()
+
+    def opened(columns):
+        pq.write_table(pa.table(columns), tmp_path / "train/0.parquet")
+        return open_row_groups(str(tmp_path), list(good), "train")
+
+    with pytest.raises(UserError, match=rf"/train/0\.parquet: expected column {column} to be {expected}"):
+        opened(good | {column: values})
+    large = {"document": pa.array(["a"], pa.large_string()), "answers": pa.array([["c"]], pa.large_list(pa.string()))}
+    assert opened(good | large).count == 1
+
+
 def test_what_cannot_be_used_is_counted(tiny_llama, tmp_path):
     good = "The magic number is 12."
     rows = [
@@ -160,16 +231,22 @@ def test_what_cannot_be_used_is_counted(tiny_llama, tmp_path):
         {"document": "long " * 300, "questions": ["a?"], "answers": ["1"]},
         {"document": "long " * 30_000, "questions": ["a?"], "answers": ["1"]},
         {"document": good, "questions": ["a?"] * 4, "answers": ["1"] * 4},
+        {"document": good, "questions": ["a?", "b?"], "answers": ["1"]},
+        {"document": good, "questions": None, "answers": ["1"]},
+        {"document": good, "questions": None, "answers": None},
+        {"document": good, "questions": ["a?", "b?"], "answers": ["1", "long " * 100]},
     ]
     data = write_rows(tmp_path / "train", rows)
     task = QuestionsTask(max_document_tokens=200, max_questions=3)
-    source = open_task(task, SourceConfig(ChunkingConfig()), "s", data)
+    source = open_task(task, SourceConfig(ChunkingConfig(), question_tokens=100), "s", data)
     assert source is not None
     documents, skipped = source.documents(tiny_llama.tokenizer, 0, 1, 0, len(rows))
-    assert sorted(len(d.prompts) for d in documents) == [1, 3]
+    assert sorted(len(d.prompts) for d in documents) == [1, 1, 3]
     assert +skipped == {
         "questions without an answer": 2,
-        "documents without questions": 1,
+        "documents without questions": 2,
+        "documents with unequal questions and answers": 2,
+        "questions longer than question_tokens": 1,
         "empty documents": 1,
         "documents that are no text": 1,
         "documents longer than max_document_tokens": 2,
@@ -202,6 +279,30 @@ def test_stored_targets_belong_to_the_answers_tokens(tiny_llama, tmp_path):
     )
     with pytest.raises(UserError, match="another base model"):
         source.documents(tiny_llama.tokenizer, 0, 1, 0, 1)  # type: ignore[union-attr]
+    uneven = row | {"teacher_log_probs": [log_probs]}
+    source = open_task(
+        QuestionsTask(targets="teacher"),
+        SourceConfig(ChunkingConfig()),
+        "s",
+        write_rows(tmp_path / "uneven/train", [uneven]),
+    )
+    documents, skipped = source.documents(tiny_llama.tokenizer, 0, 1, 0, 1)  # type: ignore[union-attr]
+    assert not documents
+    assert skipped["documents with unequal questions and targets"] == 1
+
+
+def test_no_question_is_longer_than_its_stages_budget(tiny_llama, tmp_path):
+    rows = [{"document": "It is 12.", "questions": ["a?", "b?"], "answers": ["12", "12 " * 400]}] * 3
+    for split in ("train", "dev"):
+        data = write_rows(tmp_path / split, rows)
+    recipe = recipe_of(tiny_llama, Share(QuestionsTask()), data=data, dev_documents=2)
+    stages = tuple(dataclasses.replace(stage, question_tokens=300) for stage in recipe.stages)
+    recipe = dataclasses.replace(recipe, stages=stages)
+    (stage,) = open_stages(recipe)
+    batches, skipped = stage.window(tiny_llama.tokenizer, 0, 0)
+    assert skipped["questions longer than question_tokens"] > 0
+    for batch in batches + dev_batches(recipe, tiny_llama.tokenizer)["questions"]:
+        assert all(len(d.answers) == 1 and len(d.prompts[0]) + len(d.answers[0]) <= 300 for d in batch.documents)
 
 
 def test_a_document_to_repeat_is_cut_and_is_its_own_answer(tiny_llama, tmp_path):
@@ -213,6 +314,23 @@ def test_a_document_to_repeat_is_cut_and_is_its_own_answer(tiny_llama, tmp_path)
     assert 28 <= len(chunk) <= 32
     assert answer.tolist() == [*chunk.tolist(), tiny_llama.tokenizer.eos_token_id]
     assert skipped["documents cut to max_tokens"] == 1
+
+
+def test_text_that_nobody_asks_for_goes_on_from_its_first_token(tiny_llama, tmp_path):
+    text = "The magic number of the blue harbour is 4821. Remember it."
+    for split in ("train", "dev"):
+        data = write_rows(tmp_path / split, [{"document": text}])
+    for held_out in (False, True):
+        config = SourceConfig(ChunkingConfig(), held_out=held_out)
+        source = open_task(RepeatTask(asked=False), config, "s", data)
+        assert source is not None
+        (document,), _ = source.documents(tiny_llama.tokenizer, 0, 1, 0, 1)
+        (chunk,), (prompt,), (answer,) = document.chunks, document.prompts, document.answers
+        assert prompt.tolist() == chunk[:1].tolist()
+        assert answer.tolist() == [*chunk[1:].tolist(), tiny_llama.tokenizer.eos_token_id]
+    assert document.text is not None
+    _, (first,), (rest,) = document.text
+    assert first + rest == text
 
 
 def test_documents_are_cut_into_as_many_chunks_as_drawn(tiny_llama):
@@ -238,6 +356,29 @@ def test_evaluation_is_on_other_documents(tiny_llama, tmp_path):
     ]
     assert len(held_out) == 2
     assert not any(chunk in used for chunk in held_out)
+
+
+def test_evaluation_is_without_tasks_whose_questions_are_all_unrelated(tiny_llama, tmp_path):
+    for split in ("train", "dev"):
+        data = write_rows(tmp_path / split, [{"document": f"The magic number is {i}."} for i in range(4)])
+    ordinary = Share(RepeatTask(asked=False), unrelated=1.0)
+    recipe = recipe_of(tiny_llama, Share(NeedleTask(40, 60)), ordinary, data=data, dev_documents=2)
+    assert set(dev_batches(recipe, tiny_llama.tokenizer)) == {"needle_60"}
+    asked = dataclasses.replace(ordinary, unrelated=0.5)
+    recipe = recipe_of(tiny_llama, Share(NeedleTask(40, 60)), asked, data=data, dev_documents=2)
+    assert set(dev_batches(recipe, tiny_llama.tokenizer)) == {"needle_60", "repeat"}
+
+
+def test_only_what_is_left_out_of_evaluation_is_warned_of(tiny_llama, tmp_path, caplog):
+    good = {"document": "It is 12.", "questions": ["a?"], "answers": ["12"]}
+    for split in ("train", "dev"):
+        data = write_rows(tmp_path / split, [good] * 2)
+    recipe = recipe_of(tiny_llama, Share(QuestionsTask()), data=data, dev_documents=4)
+    dev_batches(recipe, tiny_llama.tokenizer)
+    assert "evaluation" not in caplog.text
+    write_rows(tmp_path / "dev", [good, good | {"document": " "}])
+    dev_batches(recipe, tiny_llama.tokenizer)
+    assert "questions: evaluation in the course of training leaves out or cuts: 2 empty documents" in caplog.text
 
 
 def test_facts_that_evaluation_asks_for_are_of_other_names(tiny_llama):
@@ -308,7 +449,8 @@ def recipe_of_needles(max_tokens, batch_tokens):
         (lambda: recipe_of_needles(500, batch_tokens=400), "documents of 500 tokens.* do not fit batch_tokens 400"),
         (lambda: recipe_of_needles(400, batch_tokens=400), "400 tokens, 424 with overlaps of chunks"),
         (lambda: Share(NeedleTask(), unrelated=0.1), "asks every document the same"),
-        (lambda: Share(FactsTask(), unrelated=1.0), "below 1, got 1.0"),
+        (lambda: Share(RepeatTask(), unrelated=1.0), "RepeatTask asks every document the same"),
+        (lambda: Share(FactsTask(), unrelated=1.5), "from 0 to 1, got 1.5"),
         (lambda: Stage(1, ()), "tasks with weights above 0"),
         (lambda: Recipe(), "no steps"),
         (lambda: open_task(QuestionsTask(), SourceConfig(ChunkingConfig()), "s", None), "needs a training set"),

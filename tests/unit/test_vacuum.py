@@ -238,7 +238,7 @@ def test_who_finishes_what_is_being_removed_leaves_no_mark_without_weights(
     do = getattr(Storage, step)
 
     def late(storage: Storage, file: str, *data: bytes) -> Any:
-        if step == "read" or file.endswith(COMMIT_MARK):
+        if file.endswith(WEIGHTS_FILE if step == "read" else COMMIT_MARK):
             store.remove("acme", digest(1))
         return do(storage, file, *data)
 
