@@ -69,7 +69,9 @@ class ServeConfig:
     max_replicas: int | None = None
     """Engines at most: their number follows the requests that run and wait; by default it is fixed."""
     gateways: int = 1
-    """Processes that speak HTTP for the engines."""
+    """Processes that speak HTTP for the engines; with max_gateways, the fewest."""
+    max_gateways: int | None = None
+    """And at most, as max_replicas."""
     gpus_per_replica: float = 0
     """GPUs of each engine; a fraction shares one."""
     cpus_per_replica: float = 1
@@ -96,7 +98,9 @@ class ServeConfig:
     """Checkpoint that makes adapters of uploaded documents: a folder, local or remote, or for the command
     models:/NAME@ALIAS; by default the shipped one where it fits the base model. Without one no documents are taken."""
     internalizers: int = 1
-    """Processes that internalize uploaded documents, each with the base model."""
+    """Processes that internalize uploaded documents, each with the base model; with max_internalizers, the fewest."""
+    max_internalizers: int | None = None
+    """And at most, as max_replicas."""
     gpus_per_internalizer: float = 0
     """GPUs of each; a fraction shares one."""
     cpus_per_internalizer: float = 1
@@ -127,8 +131,10 @@ class ServeConfig:
             raise UserError(f"request_timeout_s must be positive, got {self.request_timeout_s}")
         if not -1 <= self.min_similarity <= 1:
             raise UserError(f"min_similarity is a cosine, so in [-1, 1], got {self.min_similarity}")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise UserError(f"max_replicas {self.max_replicas} must not be less than replicas {self.replicas}")
+        for name in ("replicas", "gateways", "internalizers"):
+            fewest, most = getattr(self, name), getattr(self, f"max_{name}")
+            if most is not None and most < fewest:
+                raise UserError(f"max_{name} {most} must not be less than {name} {fewest}")
         resources = ("gpus_per_replica", "gpus_per_internalizer", "cpus_per_replica", "cpus_per_internalizer")
         for name in (*resources, "adapter_disk_bytes"):
             if (value := getattr(self, name)) < 0:
@@ -146,9 +152,8 @@ def build(config: ServeConfig) -> serve.Application:
     base = absolute(config.base, BUNDLED_MODELS)
     ongoing = 2 * config.max_batch_size  # one batch runs, the next one is already there
     engine = Engine.options(
-        **_replicas(config),
+        **_replicas(config.replicas, config.max_replicas, ongoing),
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        max_ongoing_requests=ongoing,
         max_queued_requests=config.max_queued_requests,
         request_router_config=RequestRouterConfig(
             request_router_class=AdapterRouter,
@@ -176,9 +181,8 @@ def build(config: ServeConfig) -> serve.Application:
     internalizer = None
     if hypernetwork := _hypernetwork(config):
         internalizer = Internalizer.options(
-            num_replicas=config.internalizers,
+            **_replicas(config.internalizers, config.max_internalizers, ongoing),
             ray_actor_options={"num_cpus": config.cpus_per_internalizer, "num_gpus": config.gpus_per_internalizer},
-            max_ongoing_requests=ongoing,
             max_queued_requests=config.max_queued_requests,
             graceful_shutdown_timeout_s=config.request_timeout_s,
             user_config={"hypernetwork": hypernetwork},
@@ -192,9 +196,9 @@ def build(config: ServeConfig) -> serve.Application:
         ).bind(store, embedding)
     capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(
-        num_replicas=config.gateways,
+        # Room to refuse what the engines cannot take.
+        **_replicas(config.gateways, config.max_gateways, 2 * capacity),
         ray_actor_options={"num_cpus": 0},  # it only waits
-        max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
         max_queued_requests=capacity,
         graceful_shutdown_timeout_s=config.request_timeout_s,
         backpressure_config=_OVERLOAD,
@@ -212,15 +216,12 @@ def from_yaml(arguments: dict[str, Any]) -> serve.Application:
     return build(from_dict(ServeConfig, arguments, "args"))
 
 
-def _replicas(config: ServeConfig) -> dict[str, Any]:
-    if config.max_replicas is None:
-        return {"num_replicas": config.replicas}
-    scaling = {
-        "min_replicas": config.replicas,
-        "max_replicas": config.max_replicas,
-        "target_ongoing_requests": config.max_batch_size,  # a full batch each
-    }
-    return {"num_replicas": "auto", "autoscaling_config": scaling}
+def _replicas(fewest: int, most: int | None, ongoing: int) -> dict[str, Any]:
+    """How many replicas there are of what takes `ongoing` requests at a time: half of that each, where it may vary."""
+    if most is None:
+        return {"num_replicas": fewest, "max_ongoing_requests": ongoing}
+    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": ongoing // 2}
+    return {"num_replicas": "auto", "autoscaling_config": scaling, "max_ongoing_requests": ongoing}
 
 
 def _hypernetwork(config: ServeConfig) -> str | None:
@@ -296,7 +297,8 @@ def _reason(error: Exception) -> str:
 def _slots(config: ServeConfig) -> int:
     """CPUs to declare: a small machine's cores are shared by what would otherwise wait for them for ever."""
     engines = (config.max_replicas or config.replicas) * config.cpus_per_replica
-    return max(os.cpu_count() or 1, math.ceil(engines + config.internalizers * config.cpus_per_internalizer))
+    internalizers = (config.max_internalizers or config.internalizers) * config.cpus_per_internalizer
+    return max(os.cpu_count() or 1, math.ceil(engines + internalizers))
 
 
 def _check_port(config: ServeConfig) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from d2l.errors import UserError
-from serve.app import ServeConfig, from_yaml
+from serve.app import ServeConfig, build, from_yaml
 
 YAML = Path(__file__).parents[2] / "infra" / "serve.yaml"
 
@@ -20,12 +21,23 @@ def test_the_serve_yaml_is_one_and_makes_the_application() -> None:
     from_yaml(application.args)
 
 
+def test_each_part_is_scaled_on_its_own() -> None:
+    config = ServeConfig("store", replicas=2, max_replicas=8, gateways=3, internalizers=1, max_internalizers=4)
+    gateway = build(config)._bound_deployment
+    parts = [gateway, *(part._bound_deployment for part in gateway.init_args if isinstance(part, serve.Application))]
+    scaling = {part.name: part._deployment_config.autoscaling_config for part in parts}
+    limits = {name: (own.min_replicas, own.max_replicas) for name, own in scaling.items() if own}
+    assert limits == {"Engine": (2, 8), "Internalizer": (1, 4)}
+    assert gateway.num_replicas == 3
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"alias": "a b"}, "alias"),
         ({"replicas": 0}, "replicas"),
         ({"replicas": 3, "max_replicas": 2}, "max_replicas"),
+        ({"internalizers": 3, "max_internalizers": 2}, "max_internalizers"),
         ({"cpus_per_internalizer": -1}, "cpus_per_internalizer"),
         ({"min_similarity": 35}, "min_similarity"),
         ({"stores": "x"}, "unknown field"),
