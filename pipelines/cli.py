@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from d2l.errors import StorageError, UserError
+from d2l.errors import DamagedError, StorageError, UserError
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _usage(arguments: list[str]) -> None:
 def _user_error(error: BaseException | None) -> UserError | None:
     """The user's mistake behind an exception, through the wrappers of Ray's tasks, actors and workers."""
     while error is not None:
-        if type(error) in (UserError, StorageError):  # Ray's wrappers of them are instances, too
+        if type(error) in (UserError, StorageError, DamagedError):  # Ray's wrappers of them are instances, too
             return error  # type: ignore[return-value]
         failures = list(getattr(error, "worker_failures", {}).values())
         error = getattr(error, "cause", None) or next(iter(failures), None) or error.__cause__

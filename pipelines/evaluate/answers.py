@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from d2l.config import from_dict, load_json, to_dict
 from d2l.errors import UserError
-from d2l.storage import Storage, one_line
+from d2l.storage import Storage, local_folder, one_line
 from pipelines import tracking
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.tracking import TrackingConfig
@@ -205,7 +205,7 @@ def running(setting: Any, trial: type[Trial], name: str, config: EvaluateConfig)
         UserError: the folder holds answers of another setting, or cannot be written.
     """
     with ExitStack() as stack:
-        folder = (config.output or Path(stack.enter_context(TemporaryDirectory()))).absolute()
+        folder = local_folder(config.output or stack.enter_context(TemporaryDirectory())).absolute()
         record = Evaluation.open(folder, setting, name, config)
         client = stack.enter_context(tracking.closing(record))
         with tracking.forgiven("the fingerprint"):

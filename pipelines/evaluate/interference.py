@@ -29,7 +29,7 @@ from d2l.errors import UserError
 from d2l.hypernetwork import read_config
 from d2l.injection import inject, place_rows
 from d2l.model import DocToLora
-from d2l.storage import one_line
+from d2l.storage import local_folder, one_line
 from pipelines import cluster, tracking
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.intervals import bootstrap
@@ -76,7 +76,7 @@ def evaluate_interference(config: EvaluateInterferenceConfig) -> dict[str, Any]:
     documents, texts = (load_prose(path, held_out=True) for path in (config.documents, config.prose))
     pairs = list(_pairs(documents, texts, config.passages, config.tokens))
     with ExitStack() as stack:
-        folder = config.output or Path(stack.enter_context(TemporaryDirectory()))
+        folder = local_folder(config.output or stack.enter_context(TemporaryDirectory()))
         _write(folder)  # now: what is measured would be lost
         record = tracking.open_run(config.tracking, "interference", config, tracking.git_tags())
         client = stack.enter_context(tracking.closing(record))

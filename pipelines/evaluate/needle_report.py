@@ -19,7 +19,7 @@ from rich.markdown import Markdown
 
 from d2l.config import from_dict, save_json, to_dict
 from d2l.errors import UserError
-from d2l.storage import one_line
+from d2l.storage import local_folder, one_line
 from pipelines.evaluate.answers import AnswerLog, Evaluation
 from pipelines.evaluate.needle_scores import Score, scores
 from pipelines.evaluate.needle_trial import Setting, Trial
@@ -76,7 +76,7 @@ def join(config: JoinConfig) -> dict[str, Any]:
     if len(makers) > 1:
         raise UserError(f"{' and '.join(map(str, makers.values()))}: of different hypernetworks or base models")
     ((hypernetwork, base),) = makers
-    return write(config.output, trials, {"hypernetwork": hypernetwork, "base": base, "mlflow_runs": runs})
+    return write(local_folder(config.output), trials, {"hypernetwork": hypernetwork, "base": base, "mlflow_runs": runs})
 
 
 def write(folder: Path, trials: Sequence[Trial], about: dict[str, Any]) -> dict[str, Any]:

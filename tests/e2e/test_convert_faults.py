@@ -104,7 +104,7 @@ def assert_same(root: str, undisturbed: str) -> None:
         assert (found_update - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_driver_killed_at_random_moments(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     moments, root = random.Random(5), str(tmp_path / "store")
     for _ in range(3):

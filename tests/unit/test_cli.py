@@ -6,7 +6,7 @@ import json
 import pytest
 import ray.exceptions
 
-from d2l.errors import StorageError, UserError
+from d2l.errors import DamagedError, StorageError, UserError
 from pipelines import cli
 
 
@@ -82,8 +82,8 @@ def test_a_users_mistake_is_found_behind_rays_wrappers():
     assert cli._user_error(wrapped) is mistake
     assert cli._user_error(wrapped.as_instanceof_cause()) is mistake
     assert cli._user_error(RuntimeError("a bug")) is None
-    away = StorageError("out of reach")
-    assert cli._user_error(away) is away
+    for other in (StorageError("out of reach"), DamagedError("cut short")):
+        assert cli._user_error(other) is other
 
 
 def test_json_is_the_last_line_and_alone_on_standard_output(monkeypatch, capsys):

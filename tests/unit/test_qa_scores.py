@@ -379,3 +379,5 @@ def test_where_results_cannot_be_written_nothing_is_measured(
     monkeypatch.setattr(interference, "_run", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(UserError, match=r"prose\.txt/report: cannot be written"):
         evaluate_interference(dataclasses.replace(listened, output=tmp_path / "prose.txt/report"))
+    with pytest.raises(UserError, match="s3:/bucket/report: cannot be written to; give a local folder"):
+        evaluate_interference(dataclasses.replace(listened, output=Path("s3://bucket/report")))
