@@ -20,6 +20,8 @@ from d2l.store import AdapterStore
 from tests.conftest import S3Server, tiny_hypernetwork
 from tests.e2e.test_demo import d2l
 
+pytestmark = pytest.mark.long
+
 _DOCUMENTS = 240
 
 
@@ -104,7 +106,6 @@ def assert_same(root: str, undisturbed: str) -> None:
         assert (found_update - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.long
 def test_driver_killed_at_random_moments(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     moments, root = random.Random(5), str(tmp_path / "store")
     for _ in range(3):
@@ -122,7 +123,6 @@ def test_driver_killed_at_random_moments(options: list[str], undisturbed: str, t
     assert_same(root, undisturbed)
 
 
-@pytest.mark.slow
 def test_an_actor_killed(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     root = str(tmp_path / "store")
     process = started(options, tmp_path, root)
@@ -134,7 +134,6 @@ def test_an_actor_killed(options: list[str], undisturbed: str, tmp_path: Path) -
     assert_same(root, undisturbed)
 
 
-@pytest.mark.long
 def test_s3_server_away_for_longer_than_requests_are_tried_again(
     moto: S3Server, s3_bucket: str, options: list[str], undisturbed: str, tmp_path: Path
 ) -> None:
@@ -163,7 +162,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.long
 def test_disk_full(options: list[str], undisturbed: str, small_disk: Path, tmp_path: Path) -> None:
     root = str(small_disk / "store")
     process = started(options, tmp_path, root)
@@ -177,7 +175,6 @@ def test_disk_full(options: list[str], undisturbed: str, small_disk: Path, tmp_p
     assert_same(root, undisturbed)
 
 
-@pytest.mark.long
 def test_two_jobs_at_once_with_documents_in_common(options: list[str], undisturbed: str, tmp_path: Path) -> None:
     """Half of the documents are each job's own; both jobs finish, and no work is lost or current twice."""
     [command, docs, *rest] = options
