@@ -131,7 +131,7 @@ class _Answers:
                 try:
                     yield
                 except BackPressureError as error:
-                    most = error.args[1] if type(error) is BackPressureError else len(each)  # another actor's tells less
+                    most = error.args[1] if type(error) is BackPressureError else len(each)  # others tell less
                     if len(each) <= most:
                         raise
                     message = f"prompts times n must be {most} at most on this server, not {len(each)}"
