@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from d2l.chat import Affixes, chat_text, prompt_ids
 from d2l.errors import UserError
-from d2l.model_files import appearing, cache_folder, first_line, loading, locate, weights_digest
+from d2l.model_files import appearing, cache_folder, loading, locate, weights_digest
 from d2l.packing import pack_linears
+from d2l.storage import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # its module takes seconds to import; who loads no model needs it not
@@ -182,8 +183,8 @@ class BaseModel:
 
     @cached_property
     def affixes(self) -> Affixes:
-        """What the chat template puts around a document."""
-        return Affixes.of(self.tokenizer)
+        """What the chat template puts around a document; nothing where a plan has shapes only."""
+        return Affixes.of(self.tokenizer) if self.tokenizer else Affixes((), ())
 
     @cached_property
     def longest_token(self) -> int:
@@ -238,7 +239,7 @@ def load_base_model(
     try:
         device = torch.device(device) if device else default_device()
     except RuntimeError as error:
-        raise UserError(f"device {device!r} unknown: {first_line(error)}") from error
+        raise UserError(f"device {device!r} unknown: {one_line(error)}") from error
     dtype = parse_dtype(dtype, device) if isinstance(dtype, str) else dtype
     transformers.utils.logging.disable_progress_bar()  # seconds, in every process of every job
     folder = resolve(name)

@@ -51,6 +51,17 @@ def document_question(document: str, question: str) -> str:
     return f"{document}\n\n{question}"
 
 
+def around_document(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[list[int], list[int]]:
+    """The tokens before and after the document in that turn's conversation, up to where the assistant answers.
+
+    With a document's own tokens in between nothing in it ends its turn.
+
+    Raises:
+        UserError: as `prompt_ids`.
+    """
+    return _around(tokenizer, document_question(_SENTINEL, question), add_generation_prompt=True)
+
+
 @dataclass(frozen=True)
 class Affixes:
     """The chat template's tokens before and after a document."""
@@ -68,7 +79,14 @@ class Affixes:
         """Render a user turn with a placeholder and take what stands around it; empty without a chat template."""
         if not tokenizer.chat_template:
             return cls((), ())
-        turn = [{"role": "user", "content": _SENTINEL}]
-        before, after = chat_text(tokenizer, turn).split(_SENTINEL)
-        ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)]
-        return cls(*ids)
+        before, after = _around(tokenizer, _SENTINEL)
+        return cls(tuple(before), tuple(after))
+
+
+def _around(
+    tokenizer: PreTrainedTokenizerBase, content: str, add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """The tokens of a user's turn before and after the sentinel in it."""
+    text = chat_text(tokenizer, [{"role": "user", "content": content}], add_generation_prompt)
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(_SENTINEL, 1))
+    return before, after

@@ -75,10 +75,11 @@ class Hypernetwork(nn.Module):
         self._encoder = [
             ContextEncoder(base, config.encoder, config.target_modules, config.layers)
         ]  # a list hides it from nn.Module
-        if (read := config.chunking.max_chunk_tokens * (1 + config.encoder.read_twice)) > base.window:
+        read = (config.chunking.max_chunk_tokens + base.affixes.length) * (1 + config.encoder.read_twice)
+        if read > base.window:
             raise UserError(
                 f"chunking.max_chunk_tokens {config.chunking.max_chunk_tokens}: {read} tokens would be read at once, "
-                f"more than the window of {base.name}, {base.window}; lower it"
+                f"chat template included, more than the window of {base.name}, {base.window}; lower it"
             )
         module = generators.load(config.generator)
         if config.encoder.kind not in module.Generator.encoder_kinds:

@@ -74,12 +74,6 @@ class Internalizer:
         self.config = config or InternalizeConfig()
         check_rank(self.config.max_rank, hypernetwork.config.bias_rank)
         self._affixes = base.affixes
-        most = hypernetwork.config.chunking.max_chunk_tokens
-        if (read := self._width(range(most))) > base.window:
-            raise UserError(
-                f"chunking.max_chunk_tokens {most}: {read} tokens would be read at once, chat template included, more "
-                f"than the window of {base.name}, {base.window}; take a hypernetwork for shorter chunks"
-            )
         self._paths = {
             name: tuple(base.target_paths(name)[layer] for layer in hypernetwork.layers)
             for name in (*hypernetwork.config.target_modules, *hypernetwork.config.reading_modules)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from d2l.errors import UserError
+from d2l.storage import one_line
 
 
 def locate(name: str, what: str, bundled: str) -> str:
@@ -68,12 +69,7 @@ def loading(what: str, folder: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{what}: cannot be loaded from {folder}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first; its kind where it says nothing."""
-    return str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{what}: cannot be loaded from {folder}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -100,7 +96,7 @@ def _download(name: str, what: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
-        reason = first_line(error)
+        reason = one_line(error)
         raise UserError(f"{what} {name!r}: not in the hub's cache and not downloadable ({reason})") from error
 
 
@@ -120,5 +116,5 @@ def _fetch(url: str, what: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # every filesystem has types of its own for "no such protocol", "no network", "denied"
-        raise UserError(f"{what} {url}: cannot be fetched ({first_line(error)})") from error
+        raise UserError(f"{what} {url}: cannot be fetched ({one_line(error)})") from error
     return target

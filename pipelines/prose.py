@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from d2l.errors import UserError
 from d2l.extract import read_text
 from d2l.storage import Storage, one_line, reported
+from pipelines.columns import kind_of
 
 _HELD_OUT = 10
 """Every tenth text is for evaluation."""
@@ -45,7 +46,7 @@ def load_prose(path: str, held_out: bool) -> list[str]:
             if "text" not in schema.names:
                 raise UserError(f"{path}: no column 'text'; it has {', '.join(schema.names)}")
             kind = schema.field("text").type
-            if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+            if kind_of(kind) != "string":
                 raise UserError(f"{path}: column 'text' needs texts; it has {kind}")
             texts = pq.read_table(storage.path(), columns=["text"], **where)["text"].to_pylist()
     else:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -398,11 +399,16 @@ def file_reported(url: str) -> Iterator[None]:
             yield
     except StorageError as error:
         cause = error.__cause__
-        if type(cause) is OSError and cause.errno is None:  # Arrow's, of damaged pages
+        if type(cause) is OSError and cause.errno is None and _is_arrows(cause):
             raise UserError(f"{url}: cannot be read ({one_line(cause)})") from cause
         raise
     except (FileNotFoundError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{url}: cannot be read ({one_line(error)})") from error
+
+
+def _is_arrows(error: BaseException) -> bool:
+    """Whether Arrow raised it, of damaged pages: other storages' errors have no number either."""
+    return "pyarrow" in traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def _parquet_rows(stream: BinaryIO, columns: list[str]) -> Iterator[tuple[int, Row | UserError]]:

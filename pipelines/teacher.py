@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from d2l.base_model import BaseModel, load_base_model
-from d2l.chat import chat_text, document_question
+from d2l.chat import around_document
 from d2l.chunking import text_ids
 from pipelines import cluster
 
@@ -35,7 +35,6 @@ TARGET_COLUMNS = {
 T = TypeVar("T")
 _HEAD_TOKENS = 512
 """Positions whose logits are held at a time: each is as wide as the vocabulary."""
-_MARK = "\u2063document\u2063"
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
@@ -47,13 +46,8 @@ def document_prompts(tokenizer: PreTrainedTokenizerBase, document: str, question
     """The tokens of each question's conversation with the document in it, up to where the assistant answers."""
     if not questions:  # a document that is left out may have no text
         return []
-    ids, prompts = text_ids(document, tokenizer), []
-    for question in questions:
-        turn = [{"role": "user", "content": document_question(_MARK, question)}]
-        around = chat_text(tokenizer, turn, add_generation_prompt=True).split(_MARK, 1)
-        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in around)
-        prompts.append([*before, *ids, *after])
-    return prompts
+    ids, around = text_ids(document, tokenizer), [around_document(tokenizer, question) for question in questions]
+    return [[*before, *ids, *after] for before, after in around]
 
 
 class Example(NamedTuple):

@@ -69,9 +69,7 @@ class ServeConfig:
     max_replicas: int | None = None
     """Engines at most: their number follows the requests that run and wait; by default it is fixed."""
     gateways: int = 1
-    """Processes that speak HTTP for the engines; with max_gateways, the fewest."""
-    max_gateways: int | None = None
-    """And at most, as max_replicas."""
+    """Processes that speak HTTP for the engines."""
     gpus_per_replica: float = 0
     """GPUs of each engine; a fraction shares one."""
     cpus_per_replica: float = 1
@@ -100,7 +98,7 @@ class ServeConfig:
     internalizers: int = 1
     """Processes that internalize uploaded documents, each with the base model; with max_internalizers, the fewest."""
     max_internalizers: int | None = None
-    """And at most, as max_replicas."""
+    """And at most: their number follows the documents that are being read and wait; by default it is fixed."""
     gpus_per_internalizer: float = 0
     """GPUs of each; a fraction shares one."""
     cpus_per_internalizer: float = 1
@@ -131,7 +129,7 @@ class ServeConfig:
             raise UserError(f"request_timeout_s must be positive, got {self.request_timeout_s}")
         if not -1 <= self.min_similarity <= 1:
             raise UserError(f"min_similarity is a cosine, so in [-1, 1], got {self.min_similarity}")
-        for name in ("replicas", "gateways", "internalizers"):
+        for name in ("replicas", "internalizers"):
             fewest, most = getattr(self, name), getattr(self, f"max_{name}")
             if most is not None and most < fewest:
                 raise UserError(f"max_{name} {most} must not be less than {name} {fewest}")
@@ -152,8 +150,9 @@ def build(config: ServeConfig) -> serve.Application:
     base = absolute(config.base, BUNDLED_MODELS)
     ongoing = 2 * config.max_batch_size  # one batch runs, the next one is already there
     engine = Engine.options(
-        **_replicas(config.replicas, config.max_replicas, ongoing),
+        **_replicas(config.replicas, config.max_replicas, config.max_batch_size),  # a full batch each
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        max_ongoing_requests=ongoing,
         max_queued_requests=config.max_queued_requests,
         request_router_config=RequestRouterConfig(
             request_router_class=AdapterRouter,
@@ -181,8 +180,9 @@ def build(config: ServeConfig) -> serve.Application:
     internalizer = None
     if hypernetwork := _hypernetwork(config):
         internalizer = Internalizer.options(
-            **_replicas(config.internalizers, config.max_internalizers, ongoing),
+            **_replicas(config.internalizers, config.max_internalizers, 2),  # one is read, one waits
             ray_actor_options={"num_cpus": config.cpus_per_internalizer, "num_gpus": config.gpus_per_internalizer},
+            max_ongoing_requests=ongoing,
             max_queued_requests=config.max_queued_requests,
             graceful_shutdown_timeout_s=config.request_timeout_s,
             user_config={"hypernetwork": hypernetwork},
@@ -196,9 +196,9 @@ def build(config: ServeConfig) -> serve.Application:
         ).bind(store, embedding)
     capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(
-        # Room to refuse what the engines cannot take.
-        **_replicas(config.gateways, config.max_gateways, 2 * capacity),
+        num_replicas=config.gateways,  # fixed: uploads that go on would end with theirs
         ray_actor_options={"num_cpus": 0},  # it only waits
+        max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
         max_queued_requests=capacity,
         graceful_shutdown_timeout_s=config.request_timeout_s,
         backpressure_config=_OVERLOAD,
@@ -216,12 +216,12 @@ def from_yaml(arguments: dict[str, Any]) -> serve.Application:
     return build(from_dict(ServeConfig, arguments, "args"))
 
 
-def _replicas(fewest: int, most: int | None, ongoing: int) -> dict[str, Any]:
-    """How many replicas there are of what takes `ongoing` requests at a time: half of that each, where it may vary."""
+def _replicas(fewest: int, most: int | None, each: float) -> dict[str, Any]:
+    """How many there are: as many as leave `each` so many requests, where their number may vary."""
     if most is None:
-        return {"num_replicas": fewest, "max_ongoing_requests": ongoing}
-    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": ongoing // 2}
-    return {"num_replicas": "auto", "autoscaling_config": scaling, "max_ongoing_requests": ongoing}
+        return {"num_replicas": fewest}
+    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": each}
+    return {"num_replicas": "auto", "autoscaling_config": scaling}
 
 
 def _hypernetwork(config: ServeConfig) -> str | None:

@@ -102,12 +102,11 @@ class Internalizer:
         """
         try:
             hypernetwork = await asyncio.to_thread(Hypernetwork.from_pretrained, config["hypernetwork"], self._base)
+            self._maker = _Maker(DocToLora(self._base, hypernetwork))
         except UserError as error:
             if self._maker is None:
                 raise
             logger.error("hypernetwork not changed: %s", error)
-            return
-        self._maker = _Maker(DocToLora(self._base, hypernetwork))
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises: its device has failed."""

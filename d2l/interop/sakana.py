@@ -106,7 +106,7 @@ def _config(theirs: Any, encoder: Any, name: str, base: BaseModel, where: str) -
         rank=lora.r,
         bias_rank=lora.r if _or_default(theirs, "use_bias", True) else 0,
         scale=float(lora.lora_alpha),  # they apply it as it is, not divided by the rank
-        chunking=ChunkingConfig(max_chunk_tokens=min(_CHUNK_TOKENS, base.window)),
+        chunking=ChunkingConfig(max_chunk_tokens=min(_CHUNK_TOKENS, base.window - base.affixes.length)),
     )
 
 

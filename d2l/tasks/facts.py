@@ -111,11 +111,6 @@ def make_facts(config: FactsConfig, seed: int) -> Sample:
     return Sample(document, tuple(question for question, _ in asked), tuple(answer for _, answer in asked))
 
 
-def exact_match(answer: str, expected: str) -> bool:
-    """Whether the value was given, and nothing else; case and a full stop do not count."""
-    return answer.strip().rstrip(".").casefold() == expected.casefold()
-
-
 def _kind(config: FactsConfig, rng: random.Random) -> _Kind:
     if config.unseen:
         return rng.choice(_unseen().kinds)

@@ -13,13 +13,12 @@ from transformers import DynamicCache
 from d2l import generation
 from d2l.adapter import Adapter
 from d2l.base_model import BaseModel
-from d2l.chat import chat_text, document_question
+from d2l.chat import around_document
 from d2l.chunking import text_ids
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from d2l.injection import inject, place_rows
 
-_MARK = "\u2063document\u2063"
 _PIECE = 8192
 """Tokens run at a time in a prefill, so that activations do not grow with the window."""
 
@@ -55,8 +54,8 @@ class InContext:
         Raises:
             UserError: the window has no room for any of the document.
         """
-        before = self._around("")[0]
-        after = max(len(self._around(question)[1]) for question in questions)
+        before = around_document(self.base.tokenizer, "")[0]
+        after = max(len(around_document(self.base.tokenizer, question)[1]) for question in questions)
         room = self.window - len(before) - after - self.sampling.max_new_tokens
         if room < 2:
             raise UserError(
@@ -73,17 +72,10 @@ class InContext:
 
     def answer(self, read: ReadDocument, question: str) -> str:
         """The answer to one question; the cache is then as it was."""
-        prompt = read.prefix + self._around(question)[1]
+        prompt = read.prefix + around_document(self.base.tokenizer, question)[1]
         (ids,) = generation.generate(self.base, [prompt], [self.adapter], self.sampling, cache=read.cache)
         read.cache.crop(len(read.prefix) - read.cache.get_seq_length())
         return str(self.base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-    def _around(self, question: str) -> tuple[list[int], list[int]]:
-        """The prompt's tokens before and after the document."""
-        turn = [{"role": "user", "content": document_question(_MARK, question)}]
-        text = chat_text(self.base.tokenizer, turn, add_generation_prompt=True)
-        before, after = (self.base.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(_MARK))
-        return before, after
 
 
 def without_middle(ids: Sequence[int], room: int) -> list[int]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2l.adapter import Adapter
+from d2l.chunking import text_ids
 from d2l.config import save_json
 from d2l.errors import UserError
 from d2l.hypernetwork import read_config
@@ -159,6 +160,8 @@ def _pairs(documents: list[str], texts: list[str], count: int, tokens: int) -> I
     usable = [document for document in documents if is_text(document[:length])]
     if left_out := len(documents) - len(usable):
         print(f"--documents: {left_out} whose beginning is blank or no text are left out", file=sys.stderr)
+    if not usable:
+        raise UserError("--documents: none of its texts can be internalized")
     for i in range(count):
         place = i % len(texts)
         # From half the list away: of one source for both, the next is often the same book's next chapter.
@@ -202,8 +205,7 @@ class Listener:
         size, tokenizer = self.config.tokens, self.model.base.tokenizer
         passages, documents, places = [], [], []
         for row in batch.to_pylist():
-            ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
-            ids = ids[row["number"] * size :][:size]
+            ids = text_ids(row["text"], tokenizer)[row["number"] * size :][:size]
             if len(ids) == size:
                 passages.append(ids)
                 documents.append(row["document"])

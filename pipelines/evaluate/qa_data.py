@@ -5,7 +5,7 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,8 +19,13 @@ from d2l.errors import UserError
 from d2l.storage import Storage
 from d2l.tasks.facts import FactsConfig, make_facts
 from d2l.tasks.sample import Sample
+from pipelines.columns import kind_of
 from pipelines.prepare.rows import SPLITS
 from pipelines.prose import arrow_reported
+
+_ANSWERS = "texts, or lists of texts"
+_KINDS = {"texts": {"string"}, "lists of texts": {"list of string"}, _ANSWERS: {"string", "list of string"}}
+"""Kinds of columns, and what `kind_of` calls them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _of_file(storage: Storage, split: str | None, join: str) -> list[dict[str, A
     path, where = storage.root, {"filesystem": storage.arrow_filesystem}
     if not storage.exists(""):
         raise UserError(f"{path}: no such file")
-    wanted = {"context": "texts", "question": "texts", "answers": "texts, or lists of texts"}
+    wanted = {"context": "texts", "question": "texts", "answers": _ANSWERS}
     wanted |= dict.fromkeys(["split", join] if split else [join], "texts")
     _check_columns(pq.read_schema(storage.path(), **where), wanted, path)
     table = pq.read_table(storage.path(), columns=list(wanted), **where)
@@ -142,31 +147,15 @@ def _check_columns(schema: pa.Schema, wanted: dict[str, str], path: str) -> None
             raise UserError(
                 f"{path}: no column {name!r}; it has {', '.join(schema.names)}, and {', '.join(wanted)} are needed"
             )
-        if not _KINDS[kind](found := schema.field(name).type):
+        if not _holds(kind, found := schema.field(name).type):
             raise UserError(f"{path}: column {name!r} needs {kind}; it has {found}")
 
 
-def _are_texts(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _are_lists(kind: pa.DataType) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _are_texts(kind.value_type)
-
-
-def _are_answers(kind: pa.DataType) -> bool:
-    """Texts, lists of them, or as SQuAD on the hub has them, {text: [...], answer_start: [...]}."""
-    if pa.types.is_struct(kind) and "text" in kind.names:
-        return _are_lists(kind.field("text").type)
-    return _are_texts(kind) or _are_lists(kind)
-
-
-_KINDS: dict[str, Callable[[pa.DataType], bool]] = {
-    "texts": _are_texts,
-    "lists of texts": _are_lists,
-    "texts, or lists of texts": _are_answers,
-}
+def _holds(kind: str, column: pa.DataType) -> bool:
+    """Whether a column is of a kind in `_KINDS`; answers may be {text: [...], answer_start: [...]}, as on the hub."""
+    if kind == _ANSWERS and pa.types.is_struct(column) and "text" in column.names:
+        return kind_of(column.field("text").type) == "list of string"
+    return kind_of(column) in _KINDS[kind]
 
 
 def from_facts(
@@ -223,7 +212,7 @@ def digest(exams: list[Exam]) -> str:
 
 
 def _right_answers(given: Any) -> tuple[str, ...]:
-    """Each once, of what `_are_answers`."""
+    """Each once, of a column of `_ANSWERS`."""
     listed = given.get("text") if isinstance(given, dict) else [given] if isinstance(given, str) else given
     return tuple(dict.fromkeys(answer.strip() for answer in listed or () if answer and answer.strip()))
 

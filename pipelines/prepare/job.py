@@ -152,6 +152,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     statistics = card.add_up(records[part] for part in sorted(records))
     if not any(split["documents"] for split in statistics["splits"].values()):
         raise UserError(_nothing_left(statistics, config))
+    if not statistics["splits"]["train"]["documents"]:
+        print("no document is for training: the folder's name or the column split says so", file=sys.stderr)
     name = output.root.rsplit("/", 1)[-1]
     text = card.render_card(name, statistics, settings, inspected, config.license)
     output.create("README.md", text.encode())

@@ -235,7 +235,7 @@ def _normalised(file: SourceFile, config: SourceConfig) -> Iterator[Row]:
         if isinstance(record, StorageError):
             raise record
         if isinstance(record, UserError):
-            yield _unusable("unreadable", f"{where}: {record}")
+            yield _unusable("unreadable", f"{where}: {record}" if number else str(record))
             continue
         try:
             yield _of_record(record, config, split, where)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from d2l.errors import UserError
 from d2l.storage import Storage, one_line, reported
+from pipelines.columns import kind_of
 
 _KINDS = {
     "document": "string",
@@ -42,7 +43,7 @@ class RowGroups:
         self.what = what
         """The training set's name, for messages."""
         self.digest = digest
-        """16 hex digits that change when the files do."""
+        """16 hex digits of the files' footers, which tell lengths and extreme values: other changes go unseen."""
         self._files, self._groups, self._columns = files, groups, columns  # groups: (file, group in it, rows)
 
     def __eq__(self, other: object) -> bool:
@@ -149,7 +150,7 @@ def open_row_groups(path: str, columns: list[str], split: str) -> RowGroups | No
                     + (" --teacher" if missing[0].startswith("teacher") else "")
                 )
             for column in columns:
-                if (kind := _kind(file.schema_arrow.field(column).type)) != _KINDS[column]:
+                if (kind := kind_of(file.schema_arrow.field(column).type)) != _KINDS[column]:
                     raise UserError(
                         f"{name}: expected column {column} to be {_KINDS[column]}, it is {kind}. "
                         "Make the training set with `d2l prepare`"
@@ -168,7 +169,7 @@ def open_row_groups(path: str, columns: list[str], split: str) -> RowGroups | No
 
 
 def file_digest(path: str) -> str:
-    """16 hex digits that change when a file does; of a Parquet file only its footer is read.
+    """16 hex digits of a file; of a Parquet file as `RowGroups.digest`.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
@@ -191,14 +192,3 @@ def _footer_bytes(stream: BinaryIO) -> bytes:
     length = int.from_bytes(stream.read(4), "little")
     stream.seek(max(0, end - 8 - length))
     return stream.read(length)
-
-
-def _kind(kind: pa.DataType) -> str:
-    """What rows have in a column of a type, as in `_KINDS`; else the type's own name."""
-    if pa.types.is_dictionary(kind):
-        return _kind(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return f"list of {_kind(kind.value_type)}"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "string"
-    return "number" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else str(kind)

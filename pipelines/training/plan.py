@@ -20,6 +20,7 @@ from d2l.base_model import BUNDLED_MODELS, BaseModel, Digests, default_device, r
 from d2l.chat import Affixes
 from d2l.errors import UserError
 from d2l.hypernetwork import Hypernetwork
+from d2l.storage import one_line
 from pipelines.recipes import Recipe, Stage
 from pipelines.training.batches import PackedBatch, TrainingBatch, collate
 from pipelines.training.learner import MetaLearner
@@ -121,8 +122,7 @@ def _shapes(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(resolve(name) if "://" in name else name)
     except (OSError, ValueError) as error:
-        known = ", ".join(KNOWN_SHAPES)
-        reason = str(error).splitlines()[0]
+        known, reason = ", ".join(KNOWN_SHAPES), one_line(error)
         raise UserError(f"base model {name}: shapes unknown ({reason}); known without files are {known}") from error
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from d2l.base_model import resolve
+from d2l.errors import UserError
 from pipelines.recipes import Recipe
 from pipelines.training.batches import PackedBatch, pack, shuffled, unrelated
 from pipelines.training.tasks import NeedleTask, QuestionsTask, Source, SourceConfig, Task, open_task
@@ -89,7 +90,14 @@ def open_stages(recipe: Recipe) -> list[StageData]:
         sources = [open_task(task, config, seed, recipe.data) for task, seed in zip(tasks, seeds, strict=True)]
         total = sum(share.weight for share in stage.mixture)
         tokens = [share.weight / total * WINDOW_BATCHES * stage.batch_tokens for share in stage.mixture]
-        rates = tuple(part / s.mean_tokens(tokenizer) for part, s in zip(tokens, sources, strict=True))  # type: ignore[union-attr]
+        means = [source.mean_tokens(tokenizer) for source in sources]  # type: ignore[union-attr]
+        for share, mean in zip(stage.mixture, means, strict=True):
+            if share.unrelated == 1 and 2 * mean > stage.batch_tokens:
+                raise UserError(
+                    f"{type(share.task).__name__}: unrelated 1 takes two documents, of some {mean:.0f} tokens, to a "
+                    f"batch, and batch_tokens is {stage.batch_tokens}; raise it, or give shorter documents"
+                )
+        rates = tuple(part / mean for part, mean in zip(tokens, means, strict=True))
         seed = f"{recipe.seed}/{number}"
         shards = recipe.batches_per_step
         budgets = stage.batch_tokens, stage.question_tokens

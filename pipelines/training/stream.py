@@ -155,7 +155,7 @@ class StepStream:
                 waiting[shard] += list(zip(batches, after, strict=False))[taken:]
                 empty[shard] = 0 if batches else empty[shard] + 1
                 if empty[shard] == _EMPTY_WINDOWS:
-                    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+                    why = ", ".join(f"{count} {reason}" for reason, count in (+reasons).items())
                     raise UserError(f"no document to use in {_EMPTY_WINDOWS} windows in a row; in the last: {why}")
             taken_now = {shard: waiting[shard].popleft() for shard in self._shards}
             collated = [collate(batch, self._affixes, self._pad_id) for batch, _ in taken_now.values()]

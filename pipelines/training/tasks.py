@@ -421,13 +421,12 @@ class _Repeat(_Rows):
         if ids is None:
             return None
         answer = [*ids, tokenizer.eos_token_id]
-        if self.task.asked:
-            question, expected, prompts = REPEAT_QUESTION, text, _prompts(tokenizer, [REPEAT_QUESTION])
-        else:
-            question, expected, prompts = tokenizer.decode(ids[:1]), tokenizer.decode(ids[1:]), [answer[:1]]
-            answer = answer[1:]
-        text_asked = (text, [question], [expected]) if self.config.held_out else None
-        return self._tokenised(tokenizer, ids, prompts, [answer], rng, text=text_asked)
+        prompts, said = _prompts(tokenizer, [REPEAT_QUESTION]), (text, [REPEAT_QUESTION], [text])
+        if not self.task.asked:
+            prompts, answer = [answer[:1]], answer[1:]
+            if self.config.held_out:
+                said = text, [tokenizer.decode(ids[:1])], [tokenizer.decode(ids[1:])]
+        return self._tokenised(tokenizer, ids, prompts, [answer], rng, text=said if self.config.held_out else None)
 
 
 def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> Source | None:

@@ -115,7 +115,15 @@ class Engine:
             stack.callback(self._metrics.report)
             adapter = None
             if request.adapter_ids:
-                adapter = await stack.enter_async_context(self._cache.use((request.tenant, request.adapter_ids)))
+                patience_s = self._timeout_s / 2  # readers of storage wait minutes; the load goes on
+                try:
+                    async with asyncio.timeout(patience_s):
+                        use = self._cache.use((request.tenant, request.adapter_ids))
+                        adapter = await stack.enter_async_context(use)
+                except TimeoutError:
+                    names = ", ".join(request.adapter_ids)
+                    silent = StorageError(f"adapter {names}: the store has not given it within {patience_s:g} s")
+                    raise storage_error(silent) from None
             job = Job(prompt, adapter, request.sampling, request.stops, request.seed, request.logprobs)
             pieces = await stack.enter_async_context(aclosing(self._batcher.stream(job)))
             self._metrics.report()
@@ -162,15 +170,11 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._prepared, adapters)
 
     async def _load(self, tenant: str, adapter_id: str) -> Adapter:
-        loop, patience_s = asyncio.get_running_loop(), self._timeout_s / 2
+        loop = asyncio.get_running_loop()
         try:
             adapter = await loop.run_in_executor(self._readers, self._disk.copy, tenant, adapter_id)
             if adapter is None:
-                async with asyncio.timeout(patience_s):  # readers of storage wait minutes; the thread may go on
-                    adapter = await loop.run_in_executor(self._fetchers, self._disk.fetch, tenant, adapter_id)
-        except TimeoutError:
-            silent = StorageError(f"adapter {adapter_id}: the store has not given it within {patience_s:g} s")
-            raise storage_error(silent) from None
+                adapter = await loop.run_in_executor(self._fetchers, self._disk.fetch, tenant, adapter_id)
         except UserError as error:
             raise adapter_error(error) from error
         try:

@@ -14,6 +14,11 @@ BEARER = HTTPBearer(auto_error=False, description="An API key, where the server 
 _PROTECTED = "/v1/"
 
 
+def route_path(scope: Scope) -> str:
+    """The path as routes have it: without the prefix that Serve has the application under."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 class Authentication:
     """ASGI middleware: under `/v1/`, requests without a valid key are refused with 401; others have it in `state.key`.
 
@@ -26,7 +31,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")).startswith(_PROTECTED):
+        if scope["type"] == "http" and route_path(scope).startswith(_PROTECTED):
             request = Request(scope)
             given = await BEARER(request)
             try:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.gateway.authentication import route_path
+
 
 class BodyLimit:
     """ASGI middleware: a body that says or turns out to be larger than `limit` bytes is refused with 413.
@@ -24,7 +26,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        limit = self._larger.get(scope["path"], self._limit)
+        limit = self._larger.get(route_path(scope), self._limit)
         left = -1 if declared.isdigit() and int(declared) > limit else limit
         loop = asyncio.get_running_loop()
         began: float | None = None

@@ -10,7 +10,6 @@ from typing import Annotated, Any, cast
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.responses import Response as HttpResponse
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from d2l.catalogue import Event
@@ -123,19 +122,11 @@ class _Answers:
     ) -> AsyncIterator[None]:
         """As `Backend.deadline`; a client that goes meanwhile pays for what it asked for, or going would be free.
 
-        A minute's tokens at most: it may have asked for more than there is. More answers than the engines' queue can
-        ever take at once are its mistake.
+        A minute's tokens at most: it may have asked for more than there is.
         """
         try:
             async with self._backend.deadline(*calls):
-                try:
-                    yield
-                except BackPressureError as error:
-                    most = error.args[1] if type(error) is BackPressureError else len(each)  # others tell less
-                    if len(each) <= most:
-                        raise
-                    message = f"prompts times n must be {most} at most on this server, not {len(each)}"
-                    raise ApiError(400, message) from error
+                yield
         except asyncio.CancelledError:
             asked = sum(asked.sampling.max_new_tokens for asked in each)
             self._backend.charge(key, min(asked, key.limits.tokens_per_minute or asked))

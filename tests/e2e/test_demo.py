@@ -30,6 +30,11 @@ def test_demo_answers_from_adapters_and_leaves_nothing_running(tmp_path):
     report = d2l("demo", "--port", "8123", "--documents", "own", cwd=tmp_path)
     right = {row["document"]: row["right"] for row in report["answers"]}
     assert sum(right[f"demo-{kind}-{i}.txt"] for kind in ("number", "facts") for i in (1, 2, 3)) >= 4
+    real = [
+        row for row in report["answers"] if row["document"] in ("demo-beagle.txt", "demo-senate.txt", "demo-walden.txt")
+    ]
+    assert len(real) == 6
+    assert any(row["right"] is True for row in real)
     assert report["right_with_adapter"] >= 0.5
     assert not any(row["without document"] == row["expected"] for row in report["answers"])
     assert [row["document"] for row in report["answers"] if not row["expected"]] == ["kestrel.md"]

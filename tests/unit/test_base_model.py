@@ -149,7 +149,7 @@ def test_half_fetched_models_are_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
         def get(self, source: str, target: str, recursive: bool) -> None:
             Path(target, "config.json").write_text("{}")
-            raise OSError("connection lost\nsomewhere")
+            raise OSError("connection\nlost")
 
     monkeypatch.setenv("D2L_CACHE", str(tmp_path))
     monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Failing(), url))

@@ -184,10 +184,9 @@ def test_ranks_that_leave_no_row_are_refused(tiny_llama: BaseModel, bias_rank: i
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_chunks_that_exceed_the_window_with_their_affixes_are_refused(tiny_llama: BaseModel, twice: bool) -> None:
-    def make(most: int) -> Internalizer:
+    def make(most: int) -> None:
         encoder = EncoderConfig("activations", read_twice=twice)
-        chunking = ChunkingConfig(max_chunk_tokens=most)
-        return Internalizer(tiny_llama, tiny_hypernetwork(tiny_llama, encoder=encoder, chunking=chunking))
+        tiny_hypernetwork(tiny_llama, encoder=encoder, chunking=ChunkingConfig(max_chunk_tokens=most))
 
     most, affixes = 512 // (1 + twice), Affixes.of(tiny_llama.tokenizer).length
     make(most - affixes)

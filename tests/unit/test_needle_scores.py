@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from d2l import generation
 from d2l.base_model import BaseModel
+from d2l.chat import around_document
 from d2l.errors import UserError
 from d2l.generation import SamplingConfig
 from pipelines import tracking
@@ -193,7 +194,7 @@ def test_a_cached_document_answers_as_a_whole_prompt_does(tiny_base: BaseModel) 
     sampling = SamplingConfig(10)
     asker = InContext(tiny_base, sampling)
     read = asker.read(TEXT, QUESTIONS)
-    prompts = [read.prefix + asker._around(question)[1] for question in QUESTIONS]
+    prompts = [read.prefix + around_document(asker.base.tokenizer, question)[1] for question in QUESTIONS]
     expected = [generation.generate(tiny_base, [prompt], [None], sampling)[0] for prompt in prompts]
     decode = [str(tiny_base.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in expected]
     assert [asker.answer(read, question) for question in QUESTIONS] == decode
@@ -208,7 +209,7 @@ def test_a_long_document_fills_the_window_and_no_more(tiny_llama: BaseModel) -> 
     sampling = SamplingConfig(10)
     asker = InContext(tiny_llama, sampling)
     read = asker.read(TEXT * 40, QUESTIONS)
-    longest = max(len(asker._around(question)[1]) for question in QUESTIONS)
+    longest = max(len(around_document(asker.base.tokenizer, question)[1]) for question in QUESTIONS)
     assert len(read.prefix) + longest + sampling.max_new_tokens == asker.window == 512
     assert read.cache.get_seq_length() == len(read.prefix)
     asker.window = 20

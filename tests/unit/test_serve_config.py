@@ -26,8 +26,10 @@ def test_each_part_is_scaled_on_its_own() -> None:
     gateway = build(config)._bound_deployment
     parts = [gateway, *(part._bound_deployment for part in gateway.init_args if isinstance(part, serve.Application))]
     scaling = {part.name: part._deployment_config.autoscaling_config for part in parts}
-    limits = {name: (own.min_replicas, own.max_replicas) for name, own in scaling.items() if own}
-    assert limits == {"Engine": (2, 8), "Internalizer": (1, 4)}
+    limits = {
+        name: (own.min_replicas, own.max_replicas, own.target_ongoing_requests) for name, own in scaling.items() if own
+    }
+    assert limits == {"Engine": (2, 8, config.max_batch_size), "Internalizer": (1, 4, 2)}
     assert gateway.num_replicas == 3
 
 

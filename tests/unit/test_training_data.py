@@ -18,7 +18,7 @@ from d2l.hypernetwork import HypernetworkConfig
 from pipelines import recipes
 from pipelines.recipes import Recipe, Share, Stage
 from pipelines.teacher import TOP
-from pipelines.training import parquet
+from pipelines.training import parquet, stream
 from pipelines.training.batches import PackedBatch, collate, pack
 from pipelines.training.job import _anywhere
 from pipelines.training.parquet import RowGroups, open_row_groups
@@ -105,7 +105,7 @@ def test_a_copy_of_rows_reads_no_group_again(rows23, monkeypatch):
 
 
 def test_a_digest_is_of_what_files_hold(tmp_path):
-    """As many rows in as many bytes are not the same rows."""
+    """As many rows in as many bytes are not the same rows, where an extreme differs."""
     one, two, again = (
         open_row_groups(write_rows(tmp_path / name / "train", [{"document": text}]), ["document"], "train")
         for name, text in (("one", "text 1"), ("two", "text 2"), ("again", "text 1"))
@@ -356,6 +356,44 @@ def test_evaluation_is_on_other_documents(tiny_llama, tmp_path):
     ]
     assert len(held_out) == 2
     assert not any(chunk in used for chunk in held_out)
+
+
+def test_ordinary_text_is_never_learned_with_its_own_adapter(tiny_llama, tmp_path):
+    rows = [{"document": f"The magic number of harbour {i} is {i * 37}. " * (1 + i % 3)} for i in range(40)]
+    data = write_rows(tmp_path / "train", rows)
+    ordinary = Share(RepeatTask(asked=False, max_tokens=100), unrelated=1.0)
+    (stage,) = open_stages(recipe_of(tiny_llama, ordinary, data=data))
+    batches, skipped = [], Counter()
+    for number in range(20):
+        made, reasons = stage.window(tiny_llama.tokenizer, 0, number)
+        batches += made
+        skipped += reasons
+    assert batches
+    assert all(batch.unrelated and len(batch.documents) > 1 for batch in batches)
+    assert skipped["documents without an unrelated one in their batch"] > 0
+
+
+def test_ordinary_texts_that_do_not_share_a_batch_are_refused(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "train", [{"document": "It is 37 of them. " * 200}])
+    long = Share(RepeatTask(asked=False, max_tokens=300), unrelated=1.0)
+    with pytest.raises(UserError, match=r"two documents, of some \d+ tokens, to a batch, and batch_tokens is 320"):
+        open_stages(recipe_of(tiny_llama, long, data=data))
+
+
+def test_a_teacher_adds_targets_to_windows_in_their_order(tiny_llama, tmp_path):
+    """A block of several windows, of several shards."""
+    rows = [{"document": f"Number {i} is {i}.", "questions": [f"{i}?"], "answers": [str(i)]} for i in range(40)]
+    data = write_rows(tmp_path / "train", rows)
+    share = Share(QuestionsTask(targets="teacher", teacher="stream"))
+    (stage,) = open_stages(recipe_of(tiny_llama, share, data=data, batches_per_step=2))
+    places = {"shard": np.array([0, 1, 0, 1]), "window": np.array([0, 0, 1, 1])}
+    block = pa.concat_tables(stream._make_windows(places, stage))
+    taught = stream._AddTargets(tiny_llama.name, "cpu", 1).add(block)
+    assert [taught[name].to_pylist() for name in places] == [found.tolist() for found in places.values()]
+    for before, after in zip(block["batches"].to_pylist(), taught["batches"].to_pylist(), strict=True):
+        (given, _), (learned, _) = pickle.loads(before), pickle.loads(after)
+        assert [len(batch.documents) for batch in learned] == [len(batch.documents) for batch in given]
+        assert all(len(d.targets) == len(d.answers) for batch in learned for d in batch.documents)
 
 
 def test_evaluation_is_without_tasks_whose_questions_are_all_unrelated(tiny_llama, tmp_path):
