@@ -28,7 +28,7 @@ from d2l.injection import PlacedRows, Rows
 from d2l.memory import regress
 from d2l.storage import Storage, local_folder
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class Hypernetwork(nn.Module):
 
     def join(self, rows: Factors, chunks_per_document: Sequence[int]) -> Factors:
         """Rows of chunks, documents one after the other, to LoRA factors [layers, documents, R, .]."""
-        strengths = self.generator.strengths()
-        if strengths is None or len(set(chunks_per_document)) == 1:
-            return regress(combine_chunks(rows, chunks_per_document), strengths)
+        priors = self.generator.priors()
+        if priors is None or len(set(chunks_per_document)) == 1:
+            return regress(combine_chunks(rows, chunks_per_document), priors)
         # As many chunks together: rows of a short document are not to be solved for at the size of a long one.
         alike: dict[int, list[int]] = {}
         for document, count in enumerate(chunks_per_document):
@@ -148,7 +148,7 @@ class Hypernetwork(nn.Module):
         documents = split_documents(rows, chunks_per_document)
         joined: dict[int, Factors] = {}
         for members in alike.values():
-            together = regress(stack([documents[i] for i in members]), strengths)
+            together = regress(stack([documents[i] for i in members]), priors)
             joined |= zip(members, split_documents(together, [1] * len(members)), strict=True)
         return stack([joined[document] for document in range(len(documents))])
 
@@ -213,8 +213,9 @@ class Hypernetwork(nn.Module):
         tensors = _tensors(folder)
         if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
-        if values["format_version"] < FORMAT_VERSION:  # `outer_product` got `copy` and `ridge`, which zeros leave out
-            new = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith((".copy", ".ridge"))}
+        if values["format_version"] < FORMAT_VERSION:  # `outer_product` got these since, and zeros leave them out
+            got = (".copy", ".ridge", ".background")
+            new = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith(got)}
             tensors |= {name: torch.zeros(t.shape) for name, t in new.items() if name not in tensors}
         hypernetwork.load_state_dict(
             {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True

@@ -19,7 +19,7 @@ from d2l.chunking import batch_chunks, document_ids, split_evenly
 from d2l.errors import UserError
 from d2l.factors import concat_ranks, map_tensors, rank_of, sketch, split_documents
 from d2l.hypernetwork import Hypernetwork
-from d2l.memory import Memory
+from d2l.memory import Memory, Prior
 
 _WINDOW_BATCHES = 4
 """Encoder batches' worth of chunks that are gathered and sorted by length before any is run."""
@@ -79,8 +79,8 @@ class Internalizer:
             for name in (*hypernetwork.config.target_modules, *hypernetwork.config.reading_modules)
         }
         self._fingerprint = hypernetwork.fingerprint()
-        strengths, bias = hypernetwork.generator.strengths(), hypernetwork.bias_factors()
-        self._strengths = {name: s.detach() for name, s in strengths.items()} if strengths else None
+        priors, bias = hypernetwork.generator.priors(), hypernetwork.bias_factors()
+        self._priors = {name: Prior(*(t.detach() for t in prior)) for name, prior in priors.items()} if priors else None
         # Moments have d_in rows of 4 bytes a number at least, rows mostly 2.
         self._enough_rows = 2 * max(d_in for d_in, _ in hypernetwork.modules_shapes.values())
         self._bias = map_tensors(bias, lambda t: t.detach().to(base.dtype)) if bias else None
@@ -123,7 +123,7 @@ class Internalizer:
     def _start(self, index: int, document: Document) -> _Job:
         chunking = self.hypernetwork.config.chunking
         ids = document_ids(document.text, self.base.document_tokenizer, chunking, document.name)
-        memory = Memory(self._strengths, self.config.gathered_rows or self._enough_rows)
+        memory = Memory(self._priors, self.config.gathered_rows or self._enough_rows)
         return _Job(index, document.name, document.digest, len(ids), split_evenly(ids, chunking), memory)
 
     def _drain(self, window: list[tuple[_Job, int]]) -> Iterator[tuple[int, Adapter | UserError]]:

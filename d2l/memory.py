@@ -1,19 +1,22 @@
 """What a document's rows come to: their sum, or the ridge regression from keys to values.
 
 A generator writes rows for each chunk, A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]. Where it has no
-strengths they are LoRA factors, and a document's update is the sum of their outer products. Where it has them, A are
-keys and B values, and the update of layer l is, with s = strengths[l],
+priors they are LoRA factors, and a document's update is the sum of their outer products. Where it has them, A are keys
+and B values, and the update of a layer is, with that layer's strength s and background P,
 
-    delta W = (1 + s)/s argmin_W sum_t |W a_t - b_t|^2 + |W|^2 / s = (1 + s) B^T A (1 + s A^T A)^-1
+    delta W = (1 + s)/s argmin_W sum_t |W a_t - b_t|^2 + (|W|^2 + sum_i |W p_i|^2) / s
+            = (1 + s) B^T A (1 + P^T P + s A^T A)^-1
 
-over the rows of all chunks together (s = 0 is the sum). So what a document says again and again is written once; were
-chunks regressed one by one and added up, it would be written as often as there are chunks that say it.
+over the rows of all chunks together (s = 0, without P, is the sum). So what a document says again and again is written
+once; were chunks regressed one by one and added up, it would be written as often as there are chunks that say it. And
+what inputs of any text have in common, the background, reads little of it: such covariances are what keeps edits of
+single facts apart, too (MEMIT, Meng et al., arXiv 2210.07229, where they are measured; here they are learned).
 
 The order of rows does not matter, and memory is bounded: beyond a document's first rows, moments A^T A and A^T B take
 their place, and give the same update.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,21 +25,31 @@ from torch.autograd.function import once_differentiable
 from d2l.factors import Factors, LowRank, concat_ranks, level, rank_of
 from d2l.precision import bfloat16_products
 
-Strengths = dict[str, Tensor]
-"""Target module -> s of each layer, [layers] float32."""
+
+class Prior(NamedTuple):
+    """What the regressions of a target module weigh a document's rows against."""
+
+    strength: Tensor
+    """S of each layer, [layers] float32."""
+    background: Tensor
+    """P of each layer: keys at which nothing is to be read, [layers, n, d_in]."""
+
+
+Priors = dict[str, Prior]
+"""Of each target module."""
 
 
 class Memory:
     """One document's rows, and the update that they make."""
 
-    def __init__(self, strengths: Strengths | None, capacity: int):
+    def __init__(self, priors: Priors | None, capacity: int):
         """Start empty.
 
         Args:
-            strengths: of the regression; None to add rows up.
+            priors: of the regression; None to add rows up.
             capacity: so many rows are kept as they are, at most.
         """
-        self._strengths, self._capacity = strengths, capacity
+        self._priors, self._capacity = priors, capacity
         self._parts: list[Factors] = []
         self._moments: dict[str, list[_Moments]] = {}
 
@@ -49,7 +62,7 @@ class Memory:
     def factors(self) -> Factors:
         """The update of all rows so far, in their dtype; their rank is that of the rows, d_out at most once folded."""
         if not self._moments:
-            return regress(concat_ranks(self._parts), self._strengths)
+            return regress(concat_ranks(self._parts), self._priors)
         self._fold()
         updates = {
             name: _as_factors(torch.stack([layer.update() for layer in layers]), layers[0].dtype)
@@ -61,22 +74,22 @@ class Memory:
         """Put moments in the place of rows; a layer at a time, for a copy of all rows is memory that is always new."""
         for name, pair in self._parts[0].items() if self._parts else ():
             moments = self._moments.setdefault(name, [])
-            for layer, s in enumerate(self._strengths[name] if self._strengths else [None] * len(pair.a)):
+            for layer, prior in enumerate(_by_layer(self._priors[name]) if self._priors else [None] * len(pair.a)):
                 a, b = (torch.cat([part[name][side][layer] for part in self._parts]) for side in (0, 1))
                 if layer < len(moments):
                     moments[layer].add(a, b)
                 else:
-                    moments.append(_Moments(s, a, b))
+                    moments.append(_Moments(prior, a, b))
         self._parts = []
 
 
 class _Moments:
     """Of one layer's rows, A [r, d_in] and B [r, d_out]."""
 
-    def __init__(self, s: Tensor | None, a: Tensor, b: Tensor):
-        self._s, self.dtype = s, a.dtype
+    def __init__(self, prior: Prior | None, a: Tensor, b: Tensor):
+        self._prior, self.dtype = prior, a.dtype
         # In float64: a long document's sum is so large that each chunk's share is rounded off.
-        self._seen = None if s is None else _product(a.mT, a).double()
+        self._seen = None if prior is None else _product(a.mT, a).double()
         self._written = _product(a.mT, b)
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -86,61 +99,84 @@ class _Moments:
 
     def update(self) -> Tensor:
         """[d_in, d_out] float32."""
-        if self._seen is None or self._s is None:
+        if self._seen is None or self._prior is None:
             return self._written
-        return _solved(self._seen.float(), self._written, self._s)
+        return _solved(self._seen.float(), self._written, *self._prior)
 
 
-def regress(rows: Factors, strengths: Strengths | None) -> Factors:
+def regress(rows: Factors, priors: Priors | None) -> Factors:
     """The update of documents whose rows are all there, with gradients.
 
     Args:
         rows: A [layers, ..., R, d_in], B [layers, ..., R, d_out]; rows of zeros count for nothing.
-        strengths: of the regression; None where rows are factors already.
+        priors: of the regression; None where rows are factors already.
 
     Returns:
         Factors in the dtype of the rows. Their rank is R, or where that is more than d_in, d_out; it is
         the largest of all modules.
     """
-    if strengths is None:
+    if priors is None:
         return rows
     factors = {}
     for name, (a, b) in rows.items():
         if a.dim() > 3:  # all layers at once keep an accelerator busy
-            factors[name] = _regress(a, b, strengths[name].view(-1, *[1] * (a.dim() - 1)))
+            s, p = priors[name]
+            over = [1] * (a.dim() - 3)
+            prior = Prior(s.view(-1, *over, 1, 1), p.view(len(p), *over, *p.shape[1:]))
+            factors[name] = _regress(a, b, prior)
             continue
         # One long document's, a layer at a time: the float32 copies of all are memory.
-        pairs = [_regress(a_l, b_l, s) for a_l, b_l, s in zip(a, b, strengths[name], strict=True)]
+        pairs = [_regress(a_l, b_l, prior) for a_l, b_l, prior in zip(a, b, _by_layer(priors[name]), strict=True)]
         factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
     return level(factors)
 
 
-def read_weights(a: Tensor, x: Tensor, s: Tensor) -> Tensor:
+def read_weights(a: Tensor, x: Tensor, prior: Prior) -> Tensor:
     """How much of each row's value an input reads: times B, they are what the update adds.
 
     Args:
         a: keys, [layers, R, d_in].
         x: inputs of the target module, [layers, inputs, d_in].
-        s: of each layer, [layers].
+        prior: of these layers.
 
     Returns:
         [layers, inputs, R] float32, with gradients.
     """
     with torch.autocast(a.device.type, enabled=False):
-        return _solved(_product(a, a.mT), _product(a, x.mT), s.view(-1, 1, 1)).mT
+        told_apart, gram = _told_apart(a, prior.background)
+        return _solved(gram, told_apart @ x.float().mT, prior.strength.view(-1, 1, 1)).mT
 
 
-def _regress(a: Tensor, b: Tensor, s: Tensor) -> LowRank:
-    """One layer's, or all layers' with one s each, by whichever of the two systems is the smaller."""
+def _by_layer(prior: Prior) -> list[Prior]:
+    """Each layer's s, a scalar, and P [n, d_in]."""
+    return [Prior(*pair) for pair in zip(*prior, strict=True)]
+
+
+def _regress(a: Tensor, b: Tensor, prior: Prior) -> LowRank:
+    """One layer's, or all layers', with s and P that are broadcast; by whichever of the two systems is the smaller."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.shape[-2] <= a.shape[-1]:
-            return LowRank(a, _solved(_product(a, a.mT), b.float(), s).to(b.dtype))
-        return _as_factors(_solved(_product(a.mT, a), _product(a.mT, b), s), a.dtype)
+        if a.shape[-2] > a.shape[-1]:
+            return _as_factors(_solved(_product(a.mT, a), _product(a.mT, b), *prior), a.dtype)
+        told_apart, gram = _told_apart(a, prior.background)
+        return LowRank(told_apart.to(a.dtype), _solved(gram, b.float(), prior.strength).to(b.dtype))
 
 
-def _solved(gram: Tensor, right: Tensor, s: Tensor) -> Tensor:
-    """(1 + s) (1 + s gram)^-1 right."""
+def _told_apart(a: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """A (1 + P^T P)^-1 and A (1 + P^T P)^-1 A^T, float32, by way of the few dimensions of P."""
+    p = background.float()
+    system = p @ p.mT
+    system.diagonal(dim1=-2, dim2=-1).add_(1)
+    # (1 + P^T P)^-1 = 1 - Q^T Q
+    q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(system).L, p, upper=False)
+    common = a.float() @ q.mT
+    return a.float() - common @ q, _product(a, a.mT) - common @ common.mT
+
+
+def _solved(gram: Tensor, right: Tensor, s: Tensor, background: Tensor | None = None) -> Tensor:
+    """(1 + s) (1 + P^T P + s gram)^-1 right; without P where gram has it in."""
     system = s * gram
+    if background is not None:
+        system = system + background.float().mT @ background.float()
     system.diagonal(dim1=-2, dim2=-1).add_(1)
     return (1 + s) * _Solve.apply(system, right)
 

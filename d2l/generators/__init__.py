@@ -7,9 +7,9 @@ A file `d2l/generators/NAME.py` defines a frozen dataclass `Config` (its sizes) 
         token_rows: ClassVar[bool]                     # whether row t of a chunk is what its token t writes
         def __init__(self, config: Config, shapes: Shapes, encoder_kind: str, rank: int): ...
         def forward(self, features: Features) -> Factors: ...
-        def strengths(self) -> Strengths | None: ...   # of the regression that joins a document's rows (`d2l.memory`)
+        def priors(self) -> Priors | None: ...         # of the regression that joins a document's rows (`d2l.memory`)
 
-whose rows are A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]; without strengths they are LoRA factors. It
+whose rows are A [layers, chunks, r, d_in] and B [layers, chunks, r, d_out]; without priors they are LoRA factors. It
 must start as the identity (B zero), so that an untrained hypernetwork changes nothing.
 """
 

@@ -10,8 +10,8 @@ chunks are read twice, also the token before them),
 where h is the residual stream entering the layer, h0 that entering the first one (the token's embedding), and each part
 is RMS-normalised; `copy` is a vector, for modules whose output is as wide as the stream: where the head is tied to the
 embeddings, adding the next token's to the stream says that token, and need not go through the MLP's bottleneck.
-A document's update is the ridge regression from keys to values (`d2l.memory`), with the ridge 1/s learned for each
-layer, and weights gate_t:
+A document's update is the ridge regression from keys to values (`d2l.memory`), with the ridge 1/s and the background
+learned for each layer, and weights gate_t:
 
     A_t = sqrt(gate_t) key_t,    B_t = sqrt(gate_t / rows) value_t,    rows = those of t's chunk
 
@@ -32,7 +32,7 @@ from d2l.context_encoder import Features
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank
 from d2l.generators import Shapes
-from d2l.memory import Strengths
+from d2l.memory import Prior, Priors
 
 _RATE = 10.0
 """`copy` and s are learned by so much faster than other weights: they are of the order of 1."""
@@ -46,9 +46,11 @@ class Config:
     """Rank of the learned part of the key projection."""
     value_width: int = 192
     """Hidden width of the value MLP."""
+    background: int = 64
+    """Keys at which no document is to be read: what activations at ordinary text have in common."""
 
     def __post_init__(self) -> None:
-        for name in ("key_rank", "value_width"):
+        for name in ("key_rank", "value_width", "background"):
             if getattr(self, name) < 1:
                 raise UserError(f"outer_product: {name} must be at least 1, got {getattr(self, name)}")
 
@@ -88,13 +90,14 @@ class Generator(nn.Module):
             factors[name] = LowRank(torch.stack([p.a for p in pairs]), torch.stack([p.b for p in pairs]))
         return factors
 
-    def strengths(self) -> Strengths:
-        """S of each layer."""
-        return {
-            name: torch.stack([writer.strength() for writer in writers])  # type: ignore[operator]
-            for name, writers in self.writers.items()
-            if isinstance(writers, nn.ModuleList)
-        }
+    def priors(self) -> Priors:
+        """Strength and background of each layer."""
+        priors = {}
+        for name, writers in self.writers.items():
+            assert isinstance(writers, nn.ModuleList)
+            pairs = [(writer.strength(), writer.background) for writer in writers]  # type: ignore[operator]
+            priors[name] = Prior(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
+        return priors
 
 
 class _Writer(nn.Module):
@@ -106,6 +109,7 @@ class _Writer(nn.Module):
         self.key_down = nn.Linear(d_in, config.key_rank, bias=False)
         self.key_up = nn.Linear(config.key_rank, d_in, bias=False)
         self.ridge = nn.Parameter(torch.tensor([1 / _RATE]))
+        self.background = nn.Parameter(torch.randn(config.background, d_in) * 0.1 / d_in**0.5)
         # One column more than the MLP is wide: the gate.
         self.stream_in = nn.Linear(hidden_size, 2 * (config.value_width + 1), bias=False)
         self.final_in = nn.Linear(hidden_size, config.value_width + 1)

@@ -82,7 +82,7 @@ class Generator(nn.Module):
             self.scale_a[name] = nn.Parameter(torch.ones(shapes.layers, 1, rank, 1))
             self.scale_b[name] = nn.Parameter(torch.zeros(shapes.layers, 1, rank, 1))
 
-    def strengths(self) -> None:
+    def priors(self) -> None:
         """Rows are factors."""
 
     def forward(self, features: Features) -> Factors:

@@ -30,7 +30,7 @@ class Generator(nn.Module):
         super().__init__()
         self.shapes = shapes
 
-    def strengths(self) -> None:
+    def priors(self) -> None:
         """Rows are factors."""
 
     def forward(self, features: Features) -> Factors:

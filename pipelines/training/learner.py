@@ -22,7 +22,7 @@ from d2l.factors import Factors, map_tensors
 from d2l.hypernetwork import Hypernetwork
 from d2l.injection import Rows, inject
 from d2l.losses import addressing, cross_entropy, distillation, divergence, l1, mean_by_document, reduce_parts
-from d2l.memory import read_weights
+from d2l.memory import Prior, read_weights
 from pipelines.recipes import LossConfig
 from pipelines.training.batches import TrainingBatch
 
@@ -40,7 +40,7 @@ class MetaLearner(nn.Module):
         self, base: BaseModel, hypernetwork: Hypernetwork, loss: LossConfig, gradient_checkpointing: bool = False
     ):
         super().__init__()
-        if loss.addressing and hypernetwork.generator.strengths() is None:
+        if loss.addressing and hypernetwork.generator.priors() is None:
             raise UserError(
                 f"loss.addressing is for a generator whose rows are regressed, not {hypernetwork.config.generator}"
             )
@@ -158,8 +158,8 @@ class MetaLearner(nn.Module):
 
     def _addressing(self, batch: TrainingBatch, rows: Factors, seen: dict[str, list[Tensor]]) -> Tensor:
         """The mean over modules, layers, documents, and answer tokens that their documents have."""
-        strengths, found_P3 = self.hypernetwork.generator.strengths(), batch.found
-        assert strengths is not None
+        priors, found_P3 = self.hypernetwork.generator.priors(), batch.found
+        assert priors is not None
         assert found_P3 is not None
         rows_NT, losses, first = self.hypernetwork.encoder.rows(batch.chunks), [], 0
         found_P3 = found_P3[rows_NT[found_P3[:, 1], found_P3[:, 2]]]
@@ -171,17 +171,18 @@ class MetaLearner(nn.Module):
             rows_P = numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]
             for name, inputs in seen.items() if len(asked) else ():
                 keys = rows[name].a[self._late, first : first + count][:, rows_CT]
-                for a, x, s in zip(keys, inputs, strengths[name][self._late].detach(), strict=True):
+                strengths, backgrounds = (prior[self._late] for prior in priors[name])
+                for a, x, *prior in zip(keys, inputs, strengths.detach(), backgrounds, strict=True):
                     # A layer at a time, and again in the backward pass: the systems of all are rows squared each.
-                    losses.append(checkpoint(_surprise, a, x[asked], s, tokens, rows_P, use_reentrant=False))
+                    losses.append(checkpoint(_surprise, a, x[asked], *prior, tokens, rows_P, use_reentrant=False))
             first += count
         return torch.stack(losses).mean() if losses else next(iter(rows.values())).a.sum() * 0
 
 
-def _surprise(a: Tensor, x: Tensor, s: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+def _surprise(a: Tensor, x: Tensor, s: Tensor, background: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
     """One layer's loss of addressing. Of norm 1 and without gates: what is worth writing, answers tell."""
     a, x = (nn.functional.normalize(vectors.float(), dim=-1).unsqueeze(0) for vectors in (a, x))
-    return addressing(read_weights(a, x, s), tokens, rows).mean()
+    return addressing(read_weights(a, x, Prior(s, background.unsqueeze(0))), tokens, rows).mean()
 
 
 def _owners(rows: Sequence[int]) -> tuple[int, ...]:
