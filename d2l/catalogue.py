@@ -17,10 +17,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,24 +31,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from scipy.sparse import csr_array
 
 from d2l.errors import UserError
+from d2l.event import SCHEMA, Event
 from d2l.storage import File, Storage, one_line, reported
 from d2l.store import check_doc_id, check_tenant
 
 _NAME = "catalogue"
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("tenant", "doc_id", "version", "event", "adapter_id", "stage", "reason")),
-        *((name, pa.int64()) for name in ("tokens", "chunks", "rank", "bytes")),
-        *((name, pa.string()) for name in ("hypernetwork", "base")),
-        ("embedding", pa.list_(pa.float32())),
-        # Tables of before have no such columns until something is appended.
-        ("terms", pa.map_(pa.int32(), pa.int32())),
-        ("embedding_model", pa.string()),
-        ("source_uri", pa.string()),
-        ("created_at", pa.timestamp("us", tz="UTC")),
-    ]
-)
-"""Columns of the table: the fields of an `Event`."""
 _INDEXED = [name for name in SCHEMA.names if name not in ("embedding", "terms")]
 _REPEATED = ("tenant", "event", "hypernetwork", "base", "embedding_model")
 """Columns of few different values, which are kept once."""
@@ -58,54 +45,6 @@ _COMPRESSION = WriterProperties(
     # One of embeddings, whose numbers are all different, would only add to them; for the rest compression does as well.
     default_column_properties=ColumnProperties(dictionary_enabled=False),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to a document: a row of the table."""
-
-    tenant: str
-    """Whose document it is."""
-    doc_id: str
-    """The document, in its tenant."""
-    version: str
-    """First 12 hex digits of the text's digest; empty where no text was read."""
-    event: Literal["ready", "failed", "deleted"]
-    """`ready`: the adapter is in the store. `failed`: this version has none. `deleted`: the document is gone."""
-    adapter_id: str = ""
-    """The adapter in the store; empty where there is none."""
-    stage: str = ""
-    """Of a failure: where (`read`, `internalize`, `upload` ...)."""
-    reason: str = ""
-    """Of a failure: why."""
-    tokens: int = 0
-    """Tokens of the document."""
-    chunks: int = 0
-    """Chunks it was read in."""
-    rank: int = 0
-    """Rank of the adapter."""
-    bytes: int = 0
-    """Bytes of the adapter's files."""
-    hypernetwork: str = ""
-    """Fingerprint of the hypernetwork."""
-    base: str = ""
-    """Public name of the base model."""
-    embedding: list[float] | None = None
-    """What the document is about, for routing by meaning; in the table only, not in what a reader keeps."""
-    terms: dict[int, int] | None = None
-    """Its commonest tokens, as the embedding model has them, and how often; in the table only, too."""
-    embedding_model: str = ""
-    """What made embedding and terms, as `d2l.embedding` names it; empty where there is none."""
-    source_uri: str = ""
-    """Where the document came from."""
-    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    """When it happened; of what is only said afterwards (`--sync`, a new embedding, a promotion), right after what it
-    is said of, so that whatever else has happened since is the last."""
-
-    @property
-    def order(self) -> tuple[datetime, str]:
-        """What decides which of a document's events is the last."""
-        return self.created_at, self.adapter_id
 
 
 class Usage(NamedTuple):

@@ -35,8 +35,9 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.store import AdapterStore
 
 _BATCH = 1000

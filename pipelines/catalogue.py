@@ -12,8 +12,9 @@ import tyro
 from scipy.sparse import csr_array
 
 from d2l import vacuum as store_vacuum
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.store import AdapterStore
 from pipelines.cli import show as print_all
 

@@ -19,10 +19,10 @@ from ray.util.metrics import Histogram
 
 from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
-from d2l.catalogue import Event
 from d2l.chunking import text_ids
 from d2l.embedding import Embedder, Embedding, EmbeddingModel
 from d2l.errors import DamagedError, UserError
+from d2l.event import Event
 from d2l.hypernetwork import Hypernetwork
 from d2l.internalize import Document
 from d2l.model import DocToLora

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from ray import serve
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.embedding import Embedder, Embedding, EmbeddingModel
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.ranking import Ranking
 from serve.errors import storage_error
 

@@ -37,8 +37,9 @@ from ray.serve.handle import DeploymentHandle
 
 from d2l.adapter import Adapter
 from d2l.base_model import load_base_model
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.generation import SamplingConfig
 from d2l.hypernetwork import Hypernetwork, base_model_of
 from d2l.model import SHIPPED

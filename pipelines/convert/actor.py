@@ -26,11 +26,12 @@ from ray.util.metrics import Counter
 
 from d2l.adapter import Adapter, check_rank
 from d2l.base_model import BUNDLED_MODELS, parse_dtype
-from d2l.catalogue import SCHEMA, Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.chunking import check_text
 from d2l.config import from_dict
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
 from d2l.errors import UserError
+from d2l.event import SCHEMA, Event
 from d2l.extract import TEXT
 from d2l.hypernetwork import HypernetworkConfig, read_config
 from d2l.internalize import Document, InternalizeConfig, Internalizer

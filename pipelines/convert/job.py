@@ -35,8 +35,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.storage import Storage, reported
 from pipelines import cluster, tracking
 from pipelines.convert.actor import ConversionConfig, convert, failed, result

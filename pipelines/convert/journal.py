@@ -13,8 +13,9 @@ from typing import Any
 
 from ray.data import Dataset
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from pipelines.convert.actor import ABORT, EMBEDDED, SKIPPED
 from pipelines.sources import Row
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from ray import serve
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from serve.catalogue.feed import Feed, Update
 from serve.catalogue.keys import ApiKey, Keys
 from serve.catalogue.limits import Limiter

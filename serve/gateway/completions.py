@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.responses import Response as HttpResponse
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
-from d2l.catalogue import Event
+from d2l.event import Event
 from serve.catalogue.keys import ApiKey
 from serve.engine.answer import Piece
 from serve.engine.request import EngineRequest

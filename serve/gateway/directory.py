@@ -10,7 +10,8 @@ import uuid
 
 from ray.serve.handle import DeploymentHandle
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from serve.catalogue.deployment import POLL_S, Start, Upload, remember
 from serve.catalogue.feed import LEASE_S, Update
 from serve.catalogue.keys import OPEN, ApiKey, Keys

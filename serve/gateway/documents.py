@@ -20,8 +20,8 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 
-from d2l.catalogue import Event
 from d2l.chunking import check_text
+from d2l.event import Event
 from d2l.extract import SUFFIXES, TEXT, extract, extractor_of
 from d2l.internalize import Document
 from d2l.store import check_doc_id

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from serve.catalogue.keys import ApiKey
 from serve.errors import ApiError
 from serve.gateway.backend import Backend

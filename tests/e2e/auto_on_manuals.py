@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
+from d2l.event import Event
 from d2l.ranking import Ranking
 from serve.app import ServeConfig
 

@@ -34,7 +34,8 @@ from peft import PeftModel
 
 from d2l import DocToLora
 from d2l.adapter import COMMIT_MARK, WEIGHTS_FILE
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from d2l.storage import Storage
 from d2l.store import AdapterStore
 from tests import radosgw

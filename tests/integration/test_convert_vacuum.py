@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from d2l import storage as storage_module
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from d2l.store import AdapterStore
 from d2l.vacuum import vacuum
 from pipelines.convert.journal import Journal

@@ -25,9 +25,10 @@ from s3fs import S3FileSystem
 from d2l import DocToLora
 from d2l.adapter import COMMIT_MARK, Adapter
 from d2l.base_model import BaseModel
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.chunking import ChunkingConfig
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.storage import Storage
 from d2l.store import AdapterStore

@@ -22,8 +22,9 @@ from ray import serve
 from d2l import DocToLora, compose
 from d2l.adapter import WEIGHTS_FILE, Adapter
 from d2l.base_model import BaseModel
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.generation import SamplingConfig, generate
 from d2l.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l.store import AdapterStore

@@ -17,7 +17,8 @@ from ray import serve
 from d2l import DocToLora
 from d2l.adapter import Adapter, compose
 from d2l.base_model import BaseModel
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from d2l.extract import TEXT, extractor_of
 from d2l.generation import SamplingConfig
 from d2l.internalize import InternalizeConfig

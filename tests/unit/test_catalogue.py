@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2l import catalogue as catalogue_module
-from d2l.catalogue import Catalogue, Event, Usage
+from d2l.catalogue import Catalogue, Usage
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.storage import Storage
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from d2l.base_model import BaseModel
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from d2l.store import AdapterStore
 from pipelines import cli
 from tests.conftest import random_adapter

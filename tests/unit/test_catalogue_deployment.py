@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from d2l.catalogue import Event
 from d2l.errors import StorageError
+from d2l.event import Event
 from serve.catalogue.deployment import CatalogueDeployment, Upload, check_room
 from serve.catalogue.feed import Feed
 from serve.catalogue.keys import OPEN, AddKeyConfig, add_key

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from serve.catalogue.deployment import Upload
 from serve.catalogue.keys import OPEN, AddKeyConfig, Keys, add_key
 from serve.errors import STORAGE_UNAVAILABLE, ApiError

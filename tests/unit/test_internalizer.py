@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from d2l.base_model import BaseModel
-from d2l.catalogue import Event
+from d2l.event import Event
 from d2l.extract import TEXT
 from d2l.store import AdapterStore
 from serve.internalizer import LONG_CHARACTERS, Internalization, Internalizer, _Job

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
 from d2l.errors import UserError
+from d2l.event import Event
 from serve import selector
 from serve.selector import Selector
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
+from d2l.event import Event
 from pipelines.convert.job import _last_events, _Seen, _vanished
 from pipelines.sources import Row
 

@@ -14,8 +14,9 @@ from d2l import storage as storage_module
 from d2l import vacuum as vacuum_module
 from d2l.adapter import COMMIT_MARK, PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from d2l.base_model import BaseModel
-from d2l.catalogue import Catalogue, Event
+from d2l.catalogue import Catalogue
 from d2l.errors import UserError
+from d2l.event import Event
 from d2l.storage import Storage
 from d2l.store import AdapterStore
 from d2l.vacuum import Removed, erase, vacuum
