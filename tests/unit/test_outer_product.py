@@ -36,7 +36,8 @@ def naive(
     """One module's update [d_out, d_in] from one chunk of real tokens: the regression's normal equations, solved."""
     mean = torch.stack([inputs[t] for t in document]).mean(0)
     s = 10 * w["ridge"].item()
-    seen = torch.eye(inputs.shape[-1], dtype=torch.float64) / s
+    background = w["background"].double()
+    seen = (torch.eye(inputs.shape[-1], dtype=torch.float64) + background.mT @ background) / s
     written = torch.zeros(w["value_out.weight"].shape[0], inputs.shape[-1], dtype=torch.float64)
     for t in document:
         centred = inputs[t] - mean
