@@ -183,8 +183,8 @@ class BaseModel:
 
     @cached_property
     def affixes(self) -> Affixes:
-        """What the chat template puts around a document; nothing where a plan has shapes only."""
-        return Affixes.of(self.tokenizer) if self.tokenizer else Affixes((), ())
+        """What the chat template puts around a document."""
+        return Affixes.of(self.tokenizer)
 
     @cached_property
     def longest_token(self) -> int:

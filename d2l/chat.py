@@ -88,5 +88,5 @@ def _around(
 ) -> tuple[list[int], list[int]]:
     """The tokens of a user's turn before and after the sentinel in it."""
     text = chat_text(tokenizer, [{"role": "user", "content": content}], add_generation_prompt)
-    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(_SENTINEL, 1))
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(_SENTINEL))
     return before, after

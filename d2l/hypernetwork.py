@@ -79,7 +79,8 @@ class Hypernetwork(nn.Module):
         if read > base.window:
             raise UserError(
                 f"chunking.max_chunk_tokens {config.chunking.max_chunk_tokens}: {read} tokens would be read at once, "
-                f"chat template included, more than the window of {base.name}, {base.window}; lower it"
+                f"chat template included, more than the window of {base.name}, {base.window}; lower it, "
+                "or take a hypernetwork for shorter chunks"
             )
         module = generators.load(config.generator)
         if config.encoder.kind not in module.Generator.encoder_kinds:
@@ -214,8 +215,8 @@ class Hypernetwork(nn.Module):
         if (found := _fingerprint(values["hypernetwork"], tensors)) != values["fingerprint"]:
             raise UserError(f"{folder}: weights have digest {found}, config.json says {values['fingerprint']}: damaged")
         if values["format_version"] < FORMAT_VERSION:  # `outer_product` got these since, and zeros leave them out
-            got = (".copy", ".ridge", ".background")
-            new = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith(got)}
+            added = (".copy", ".ridge", ".background")  # the last has no gradient at zero: training leaves it out, too
+            new = {name: t for name, t in hypernetwork.state_dict().items() if name.endswith(added)}
             tensors |= {name: torch.zeros(t.shape) for name, t in new.items() if name not in tensors}
         hypernetwork.load_state_dict(
             {k: t.to(base.device, dtype or base.dtype) for k, t in tensors.items()}, assign=True

@@ -9,8 +9,8 @@ and B values, and the update of a layer is, with that layer's strength s and bac
 
 over the rows of all chunks together (s = 0, without P, is the sum). So what a document says again and again is written
 once; were chunks regressed one by one and added up, it would be written as often as there are chunks that say it. And
-what inputs of any text have in common, the background, reads little of it: such covariances are what keeps edits of
-single facts apart, too (MEMIT, Meng et al., arXiv 2210.07229, where they are measured; here they are learned).
+what inputs of any text have in common, the background, reads little of it: such a covariance keeps edits of single
+facts apart, too (MEMIT, Meng et al., arXiv 2210.07229, where it is that of ordinary text's inputs; here it is learned).
 
 The order of rows does not matter, and memory is bounded: beyond a document's first rows, moments A^T A and A^T B take
 their place, and give the same update.
@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from d2l.factors import Factors, LowRank, concat_ranks, level, rank_of
-from d2l.precision import bfloat16_products
+from d2l.precision import bfloat16_products, float32_products
 
 
 class Prior(NamedTuple):
     """What the regressions of a target module weigh a document's rows against."""
 
     strength: Tensor
-    """S of each layer, [layers] float32."""
+    """s of each layer, [layers] float32."""
     background: Tensor
     """P of each layer: keys at which nothing is to be read, [layers, n, d_in]."""
 
@@ -120,10 +120,8 @@ def regress(rows: Factors, priors: Priors | None) -> Factors:
     factors = {}
     for name, (a, b) in rows.items():
         if a.dim() > 3:  # all layers at once keep an accelerator busy
-            s, p = priors[name]
-            over = [1] * (a.dim() - 3)
-            prior = Prior(s.view(-1, *over, 1, 1), p.view(len(p), *over, *p.shape[1:]))
-            factors[name] = _regress(a, b, prior)
+            s, background = priors[name]
+            factors[name] = _regress(a, b, Prior(s.view(-1, *[1] * (a.dim() - 1)), background))
             continue
         # One long document's, a layer at a time: the float32 copies of all are memory.
         pairs = [_regress(a_l, b_l, prior) for a_l, b_l, prior in zip(a, b, _by_layer(priors[name]), strict=True)]
@@ -143,8 +141,8 @@ def read_weights(a: Tensor, x: Tensor, prior: Prior) -> Tensor:
         [layers, inputs, R] float32, with gradients.
     """
     with torch.autocast(a.device.type, enabled=False):
-        told_apart, gram = _told_apart(a, prior.background)
-        return _solved(gram, told_apart @ x.float().mT, prior.strength.view(-1, 1, 1)).mT
+        cleared, gram = _without_background(a, prior.background)
+        return _solved(gram, _product(cleared, x.to(a.dtype).mT), prior.strength.view(-1, 1, 1)).mT
 
 
 def _by_layer(prior: Prior) -> list[Prior]:
@@ -153,30 +151,38 @@ def _by_layer(prior: Prior) -> list[Prior]:
 
 
 def _regress(a: Tensor, b: Tensor, prior: Prior) -> LowRank:
-    """One layer's, or all layers', with s and P that are broadcast; by whichever of the two systems is the smaller."""
+    """One layer's, or all layers' with documents; by whichever of the two systems is the smaller."""
     with torch.autocast(a.device.type, enabled=False):
         if a.shape[-2] > a.shape[-1]:
             return _as_factors(_solved(_product(a.mT, a), _product(a.mT, b), *prior), a.dtype)
-        told_apart, gram = _told_apart(a, prior.background)
-        return LowRank(told_apart.to(a.dtype), _solved(gram, b.float(), prior.strength).to(b.dtype))
+        cleared, gram = _without_background(a, prior.background)
+        return LowRank(cleared, _solved(gram, b.float(), prior.strength).to(b.dtype))
 
 
-def _told_apart(a: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """A (1 + P^T P)^-1 and A (1 + P^T P)^-1 A^T, float32, by way of the few dimensions of P."""
-    p = background.float()
-    system = p @ p.mT
-    system.diagonal(dim1=-2, dim2=-1).add_(1)
-    # (1 + P^T P)^-1 = 1 - Q^T Q
-    q = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(system).L, p, upper=False)
-    common = a.float() @ q.mT
-    return a.float() - common @ q, _product(a, a.mT) - common @ common.mT
+def _without_background(a: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """T = A (1 + P^T P)^-1, in A's dtype, and T A^T, float32: by way of P's few dimensions.
+
+    C = A P^T (1 + P P^T)^-1 has T = A - C P and T A^T = T T^T + C C^T, where nothing cancels.
+    """
+    with float32_products():
+        p = background.float()
+        system = p @ p.mT
+        system.diagonal(dim1=-2, dim2=-1).add_(1)
+        keys = a.float().flatten(p.dim() - 2, -2)  # a layer's documents together: else each gets a copy of P
+        common = torch.cholesky_solve((keys @ p.mT).mT, torch.linalg.cholesky_ex(system).L).mT
+        cleared = (keys - common @ p).to(a.dtype).view_as(a)
+        common = common.reshape(*a.shape[:-1], -1)
+        of_background = common @ common.mT
+    return cleared, _product(cleared, cleared.mT) + of_background
 
 
 def _solved(gram: Tensor, right: Tensor, s: Tensor, background: Tensor | None = None) -> Tensor:
     """(1 + s) (1 + P^T P + s gram)^-1 right; without P where gram has it in."""
     system = s * gram
     if background is not None:
-        system = system + background.float().mT @ background.float()
+        with float32_products():
+            common = background.float().mT @ background.float()
+        system += common.unsqueeze(-3) if gram.dim() > common.dim() else common
     system.diagonal(dim1=-2, dim2=-1).add_(1)
     return (1 + s) * _Solve.apply(system, right)
 

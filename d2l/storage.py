@@ -217,7 +217,7 @@ def reported(what: str) -> Iterator[None]:
     except Exception as error:
         known = isinstance(error, OSError | BotoCoreError | aiohttp.ClientError)  # the last: cut in mid-answer
         # By name, for the packages of gs:// and abfss:// need not be there.
-        if not known and not type(error).__module__.startswith(("gcsfs.", "google.", "azure.")):
+        if not known and not type(error).__module__.startswith(("gcsfs.", "google.auth.", "azure.")):
             raise
         message = f"{what}: storage failed ({one_line(error)}); check space, permissions and endpoint"
         raise StorageError(message) from error

@@ -408,7 +408,7 @@ def file_reported(url: str) -> Iterator[None]:
 
 def _is_arrows(error: BaseException) -> bool:
     """Whether Arrow raised it, of damaged pages: other storages' errors have no number either."""
-    return "pyarrow" in traceback.extract_tb(error.__traceback__)[-1].filename
+    return "pyarrow" in PurePosixPath(traceback.extract_tb(error.__traceback__)[-1].filename).parts
 
 
 def _parquet_rows(stream: BinaryIO, columns: list[str]) -> Iterator[tuple[int, Row | UserError]]:

@@ -15,10 +15,10 @@ learned for each layer, and weights gate_t:
 
     A_t = sqrt(gate_t) key_t,    B_t = sqrt(gate_t / rows) value_t,    rows = those of t's chunk
 
-With s = 0 that is the sum of the rows' outer products: fast weights, a linear-attention memory (Schlag et al., arXiv
-2102.11174; compare Generative Adapter, arXiv 2411.05877), in which what is written at one key is read at all that are
-like it. The regression takes that out (as the mesa layer does along a sequence, arXiv 2309.05858). W2 and `copy` start
-at zero, so an untrained generator changes nothing.
+With s = 0, and no background, that is the sum of the rows' outer products: fast weights, a linear-attention memory
+(Schlag et al., arXiv 2102.11174; compare Generative Adapter, arXiv 2411.05877), in which what is written at one key is
+read at all that are like it. The regression takes that out (as the mesa layer does along a sequence, arXiv
+2309.05858). W2 and `copy` start at zero, so an untrained generator changes nothing.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Config:
     value_width: int = 192
     """Hidden width of the value MLP."""
     background: int = 64
-    """Keys at which no document is to be read: what activations at ordinary text have in common."""
+    """How many keys there are at which no document is to be read."""
 
     def __post_init__(self) -> None:
         for name in ("key_rank", "value_width", "background"):

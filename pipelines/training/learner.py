@@ -171,18 +171,19 @@ class MetaLearner(nn.Module):
             rows_P = numbers_CT[pairs_P3[:, 1] - first, pairs_P3[:, 2]]
             for name, inputs in seen.items() if len(asked) else ():
                 keys = rows[name].a[self._late, first : first + count][:, rows_CT]
-                strengths, backgrounds = (prior[self._late] for prior in priors[name])
-                for a, x, *prior in zip(keys, inputs, strengths.detach(), backgrounds, strict=True):
+                s_L, background_LNi = (tensor[self._late] for tensor in priors[name])
+                for a, x, s, background in zip(keys, inputs, s_L.detach(), background_LNi, strict=True):
                     # A layer at a time, and again in the backward pass: the systems of all are rows squared each.
-                    losses.append(checkpoint(_surprise, a, x[asked], *prior, tokens, rows_P, use_reentrant=False))
+                    prior = Prior(s.unsqueeze(0), background.unsqueeze(0))
+                    losses.append(checkpoint(_surprise, a, x[asked], prior, tokens, rows_P, use_reentrant=False))
             first += count
         return torch.stack(losses).mean() if losses else next(iter(rows.values())).a.sum() * 0
 
 
-def _surprise(a: Tensor, x: Tensor, s: Tensor, background: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+def _surprise(a: Tensor, x: Tensor, prior: Prior, tokens: Tensor, rows: Tensor) -> Tensor:
     """One layer's loss of addressing. Of norm 1 and without gates: what is worth writing, answers tell."""
     a, x = (nn.functional.normalize(vectors.float(), dim=-1).unsqueeze(0) for vectors in (a, x))
-    return addressing(read_weights(a, x, Prior(s, background.unsqueeze(0))), tokens, rows).mean()
+    return addressing(read_weights(a, x, prior), tokens, rows).mean()
 
 
 def _owners(rows: Sequence[int]) -> tuple[int, ...]:

@@ -113,7 +113,9 @@ def _fake_base(name: str) -> BaseModel:
     name = BUNDLED_MODELS.get(name, name)
     model = AutoModelForCausalLM.from_config(_shapes(name), dtype=torch.bfloat16)
     model.requires_grad_(False).eval()
-    return BaseModel(name, model, None, Digests("", "", ""))  # type: ignore[arg-type]
+    base = BaseModel(name, model, None, Digests("", "", ""))  # type: ignore[arg-type]
+    base.affixes = Affixes((0,) * _AFFIX_TOKENS, ())  # else it would ask the tokenizer
+    return base
 
 
 def _shapes(name: str) -> PreTrainedConfig:
@@ -134,7 +136,7 @@ def _document_tokens(recipe: Recipe, stage: Stage) -> int:
     return round(task.mean_tokens)
 
 
-def _fake_batch(recipe: Recipe, stage: Stage) -> TrainingBatch:
+def _fake_batch(base: BaseModel, recipe: Recipe, stage: Stage) -> TrainingBatch:
     tokens = _document_tokens(recipe, stage)
     chunks = math.ceil(tokens / recipe.hypernetwork.chunking.max_chunk_tokens)
     stem = _STEM_TOKENS + (tokens if getattr(stage.mixture[0].task, "in_prompt", False) else 0)
@@ -144,12 +146,12 @@ def _fake_batch(recipe: Recipe, stage: Stage) -> TrainingBatch:
         answers=[np.zeros(_ANSWER_TOKENS, np.int32)] * _QUESTIONS,
     )
     documents = [document] * max(1, stage.batch_tokens // tokens)
-    return collate(PackedBatch("plan", True, documents), Affixes((0,) * _AFFIX_TOKENS, ()), 0)
+    return collate(PackedBatch("plan", True, documents), base.affixes, 0)
 
 
 def _measured(learner: MetaLearner, base: BaseModel, stage: Stage, recipe: Recipe) -> tuple[float, dict[str, int]]:
     """Operations of one batch, and bytes by kind; `activations` is the peak of what forward and backward allocate."""
-    batch = _fake_batch(recipe, stage)
+    batch = _fake_batch(base, recipe, stage)
     optimizer = new_optimizer(learner.hypernetwork, recipe.optimizer)
     for parameter in learner.hypernetwork.parameters():
         parameter.grad = torch.zeros_like(parameter)

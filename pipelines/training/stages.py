@@ -43,9 +43,7 @@ class StageData:
     @property
     def streams_teacher(self) -> bool:
         """Whether a task's targets are to be computed on the way."""
-        return any(
-            isinstance(t, QuestionsTask) and t.targets != "answers" and t.teacher == "stream" for t in self.tasks
-        )
+        return any(isinstance(task, QuestionsTask) and task.streams_teacher for task in self.tasks)
 
     def window(
         self, tokenizer: PreTrainedTokenizerBase, shard: int, number: int

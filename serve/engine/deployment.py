@@ -122,7 +122,7 @@ class Engine:
                         adapter = await stack.enter_async_context(use)
                 except TimeoutError:
                     names = ", ".join(request.adapter_ids)
-                    silent = StorageError(f"adapter {names}: the store has not given it within {patience_s:g} s")
+                    silent = StorageError(f"adapter {names}: not loaded within {patience_s:g} s")
                     raise storage_error(silent) from None
             job = Job(prompt, adapter, request.sampling, request.stops, request.seed, request.logprobs)
             pieces = await stack.enter_async_context(aclosing(self._batcher.stream(job)))

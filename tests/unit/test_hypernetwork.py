@@ -218,7 +218,10 @@ def test_damaged_checkpoints_are_refused(tiny_llama: BaseModel, tmp_path: Path, 
         Hypernetwork.from_pretrained(folder, tiny_llama)
 
 
-@pytest.mark.parametrize(("version", "lacks"), [(1, (".copy", ".ridge")), (2, (".ridge",))])
+@pytest.mark.parametrize(
+    ("version", "lacks"),
+    [(1, (".copy", ".ridge", ".background")), (2, (".ridge", ".background")), (3, (".background",))],
+)
 def test_checkpoints_of_older_versions_are_read(
     tiny_llama: BaseModel, tmp_path: Path, version: int, lacks: tuple[str, ...]
 ) -> None:

@@ -21,6 +21,8 @@ def make(base: BaseModel, layers: int | None = None, twice: bool = False) -> Hyp
         for number, (name, parameter) in enumerate(hypernetwork.generator.named_parameters()):
             if name.endswith("key_diagonal"):
                 parameter.mul_(torch.linspace(0.5, 1.5, len(parameter)))
+            if name.endswith("background"):
+                parameter.mul_(10)
             if name.endswith("ridge"):
                 parameter.fill_(0.05 + 0.01 * number)
     return hypernetwork

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from d2l.base_model import BaseModel, Digests
+from d2l.chat import Affixes
 from d2l.chunking import ChunkBatch
 from d2l.errors import UserError
 from d2l.factors import Factors, LowRank, combine_chunks, concat_ranks, rank_of, split_documents, stack
@@ -64,7 +65,9 @@ class Golden:
 def golden_base() -> BaseModel:
     """The golden base has no tokenizer, so it is put together by hand."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "base", dtype=torch.float32).eval().requires_grad_(False)
-    return BaseModel("base", model, None, Digests("a" * 16, "b" * 16, "c" * 16))  # type: ignore[arg-type]
+    base = BaseModel("base", model, None, Digests("a" * 16, "b" * 16, "c" * 16))  # type: ignore[arg-type]
+    base.affixes = Affixes((), ())  # the authors' chunks come with theirs
+    return base
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -382,7 +382,9 @@ def test_ordinary_texts_that_do_not_share_a_batch_are_refused(tiny_llama, tmp_pa
 
 def test_a_teacher_adds_targets_to_windows_in_their_order(tiny_llama, tmp_path):
     """A block of several windows, of several shards."""
-    rows = [{"document": f"Number {i} is {i}.", "questions": [f"{i}?"], "answers": [str(i)]} for i in range(40)]
+    rows = [
+        {"document": f"Number {i} is {i}.", "questions": [f"{i}?"], "answers": ["1" * (i % 7 + 1)]} for i in range(40)
+    ]
     data = write_rows(tmp_path / "train", rows)
     share = Share(QuestionsTask(targets="teacher", teacher="stream"))
     (stage,) = open_stages(recipe_of(tiny_llama, share, data=data, batches_per_step=2))
@@ -392,8 +394,10 @@ def test_a_teacher_adds_targets_to_windows_in_their_order(tiny_llama, tmp_path):
     assert [taught[name].to_pylist() for name in places] == [found.tolist() for found in places.values()]
     for before, after in zip(block["batches"].to_pylist(), taught["batches"].to_pylist(), strict=True):
         (given, _), (learned, _) = pickle.loads(before), pickle.loads(after)
-        assert [len(batch.documents) for batch in learned] == [len(batch.documents) for batch in given]
-        assert all(len(d.targets) == len(d.answers) for batch in learned for d in batch.documents)
+        documents = [[document for batch in batches for document in batch.documents] for batches in (given, learned)]
+        for plain, targeted in zip(*documents, strict=True):
+            assert np.concatenate(targeted.chunks).tolist() == np.concatenate(plain.chunks).tolist()
+            assert [len(targets.ids) for targets in targeted.targets] == [len(answer) for answer in plain.answers]
 
 
 def test_evaluation_is_without_tasks_whose_questions_are_all_unrelated(tiny_llama, tmp_path):

@@ -168,9 +168,9 @@ class Repeat(_Rows):
         if ids is None:
             return None
         answer = [*ids, tokenizer.eos_token_id]
-        prompts, said = prompts_of(tokenizer, [_REPEAT_QUESTION]), (text, [_REPEAT_QUESTION], [text])
-        if not self.task.asked:
+        if self.task.asked:
+            prompts, said = prompts_of(tokenizer, [_REPEAT_QUESTION]), (text, [_REPEAT_QUESTION], [text])
+        else:
             prompts, answer = [answer[:1]], answer[1:]
-            if self.config.held_out:
-                said = text, [tokenizer.decode(ids[:1])], [tokenizer.decode(ids[1:])]
+            said = text, [tokenizer.decode(ids[:1])], [tokenizer.decode(ids[1:])]
         return self._tokenised(tokenizer, ids, prompts, [answer], rng, text=said if self.config.held_out else None)
