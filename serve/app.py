@@ -216,8 +216,8 @@ def from_yaml(arguments: dict[str, Any]) -> serve.Application:
     return build(from_dict(ServeConfig, arguments, "args"))
 
 
-def _replicas(fewest: int, most: int | None, each: float) -> dict[str, Any]:
-    """How many there are: as many as leave `each` so many requests, where their number may vary."""
+def _replicas(fewest: int, most: int | None, each: int) -> dict[str, Any]:
+    """How many there are: so many, or where there is a `most`, as many as have `each` requests on average."""
     if most is None:
         return {"num_replicas": fewest}
     scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": each}

@@ -55,5 +55,5 @@ def open_task(task: Task, config: SourceConfig, seed: str, data: str | None) -> 
     if rows is None:
         return None
     if isinstance(task, RepeatTask):
-        return Repeat(task, rows, config, seed)
-    return Questions(task, rows, config, seed)
+        return Repeat(task, config, seed, rows)
+    return Questions(task, config, seed, rows)

@@ -16,10 +16,10 @@ from pipelines.prose import load_prose
 from pipelines.teacher import answer_ids
 from pipelines.training.parquet import file_digest
 from pipelines.training.tasks.config import FactsTask, NeedleTask
-from pipelines.training.tasks.source import MEASURED, Document, Source, SourceConfig, prompts_of, tokens_of
+from pipelines.training.tasks.source import MEASURED, Document, Source, TaskT, prompts_of, tokens_of
 
 
-class _Made(Source):
+class _Made(Source[TaskT]):
     """Documents made on the fly, each from its place in its shard's stream."""
 
     def documents(
@@ -40,14 +40,10 @@ class _Made(Source):
     def _sample(self, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Sample: ...
 
 
-class Needles(_Made):
+class Needles(_Made[NeedleTask]):
     """Of a `NeedleTask`."""
 
     name = "needle"
-
-    def __init__(self, task: NeedleTask, config: SourceConfig, seed: str):
-        super().__init__(config, seed)
-        self.task = task
 
     @property
     def _prose_file(self) -> str | None:
@@ -77,14 +73,10 @@ class Needles(_Made):
         return NeedleConfig(tokens, needles, rng.randint(1 if needles == 1 else 0, fitting))
 
 
-class Facts(_Made):
+class Facts(_Made[FactsTask]):
     """Of a `FactsTask`."""
 
     name = "facts"
-
-    def __init__(self, task: FactsTask, config: SourceConfig, seed: str):
-        super().__init__(config, seed)
-        self.task = task
 
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
         return tokens_of(self.documents(tokenizer, 0, 1, 0, MEASURED)[0]) / MEASURED

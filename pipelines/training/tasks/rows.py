@@ -13,18 +13,18 @@ from d2l.errors import UserError
 from pipelines.teacher import TOP, Targets, answer_ids, document_prompts
 from pipelines.training.parquet import RowGroups
 from pipelines.training.tasks.config import QuestionsTask, RepeatTask
-from pipelines.training.tasks.source import MEASURED, Document, Source, SourceConfig, prompts_of, tokens_of
+from pipelines.training.tasks.source import MEASURED, Document, Source, SourceConfig, TaskT, prompts_of, tokens_of
 
 _LONGEST_TOKEN = 64
 """Characters of a token, at most by far."""
 _REPEAT_QUESTION = "Repeat the text."
 
 
-class _Rows(Source):
+class _Rows(Source[TaskT]):
     """Documents from the rows of a training set: every one once an epoch, in an order of the epoch's own."""
 
-    def __init__(self, rows: RowGroups, config: SourceConfig, seed: str):
-        super().__init__(config, seed)
+    def __init__(self, task: TaskT, config: SourceConfig, seed: str, rows: RowGroups):
+        super().__init__(task, config, seed)
         self.rows = rows
 
     def digests(self) -> dict[str, str]:
@@ -64,14 +64,10 @@ class _Rows(Source):
     ) -> Document | None: ...
 
 
-class Questions(_Rows):
+class Questions(_Rows[QuestionsTask]):
     """Of a `QuestionsTask`."""
 
     name = "questions"
-
-    def __init__(self, task: QuestionsTask, rows: RowGroups, config: SourceConfig, seed: str):
-        super().__init__(rows, config, seed)
-        self.task = task
 
     def _document(
         self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], rng: random.Random, skipped: Counter[str]
@@ -140,14 +136,10 @@ class Questions(_Rows):
         return Targets(ids.reshape(-1, TOP), log_probs.reshape(-1, TOP))
 
 
-class Repeat(_Rows):
+class Repeat(_Rows[RepeatTask]):
     """Of a `RepeatTask`."""
 
     name = "repeat"
-
-    def __init__(self, task: RepeatTask, rows: RowGroups, config: SourceConfig, seed: str):
-        super().__init__(rows, config, seed)
-        self.task = task
 
     def _document(
         self, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], rng: random.Random, skipped: Counter[str]
@@ -167,10 +159,13 @@ class Repeat(_Rows):
         ids = self._ids(tokenizer, text, skipped)
         if ids is None:
             return None
-        answer = [*ids, tokenizer.eos_token_id]
+        said = None
         if self.task.asked:
-            prompts, said = prompts_of(tokenizer, [_REPEAT_QUESTION]), (text, [_REPEAT_QUESTION], [text])
+            prompts, answer = prompts_of(tokenizer, [_REPEAT_QUESTION]), [*ids, tokenizer.eos_token_id]
+            if self.config.held_out:
+                said = text, [_REPEAT_QUESTION], [text]
         else:
-            prompts, answer = [answer[:1]], answer[1:]
-            said = text, [tokenizer.decode(ids[:1])], [tokenizer.decode(ids[1:])]
-        return self._tokenised(tokenizer, ids, prompts, [answer], rng, text=said if self.config.held_out else None)
+            prompts, answer = [ids[:1]], [*ids[1:], tokenizer.eos_token_id]
+            if self.config.held_out:
+                said = text, [tokenizer.decode(ids[:1])], [tokenizer.decode(ids[1:])]
+        return self._tokenised(tokenizer, ids, prompts, [answer], rng, text=said)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from d2l.chunking import ChunkingConfig, split_evenly
 from pipelines.teacher import Targets
 from pipelines.training.tasks.locate import locate
 
+TaskT = TypeVar("TaskT")
 MEASURED = 64
 """Documents that a mean length is taken of."""
 
@@ -61,14 +62,14 @@ class SourceConfig:
     """Longer questions of a training set are skipped, the answer included; see `Stage.question_tokens`."""
 
 
-class Source(ABC):
+class Source(ABC, Generic[TaskT]):
     """A task's documents. Small and picklable until its first documents are asked for."""
 
     name: str
     """Of the task, in metrics."""
 
-    def __init__(self, config: SourceConfig, seed: str):
-        self.config, self.seed = config, seed
+    def __init__(self, task: TaskT, config: SourceConfig, seed: str):
+        self.task, self.config, self.seed = task, config, seed
 
     @abstractmethod
     def mean_tokens(self, tokenizer: PreTrainedTokenizerBase) -> float:
