@@ -159,12 +159,12 @@ def build(config: ServeConfig) -> serve.Application:
             request_router_kwargs={"comfortable": max(1, config.max_batch_size // 2)},
         ),
         graceful_shutdown_timeout_s=config.request_timeout_s,  # a replica that leaves finishes its answers
+        user_config={"adapter_cache_bytes": config.adapter_cache_bytes},
     ).bind(
         store=store,
         base=base,
         device="cuda" if config.gpus_per_replica else "cpu",
         dtype=config.dtype,
-        cache_bytes=config.adapter_cache_bytes,
         disk_bytes=config.adapter_disk_bytes,
         timeout_s=config.request_timeout_s,
         batching=BatcherConfig(config.max_batch_size, config.max_batch_tokens),
@@ -193,18 +193,17 @@ def build(config: ServeConfig) -> serve.Application:
             ray_actor_options={"num_cpus": 0},
             max_ongoing_requests=2 * config.max_batch_size,
             max_queued_requests=config.max_queued_requests,
+            user_config={"min_similarity": config.min_similarity},
         ).bind(store, embedding)
     capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(
-        num_replicas=config.gateways,  # fixed: uploads that go on would end with theirs
+        num_replicas=config.gateways,
         ray_actor_options={"num_cpus": 0},  # it only waits
         max_ongoing_requests=2 * capacity,  # room to refuse what the engines cannot take
         max_queued_requests=capacity,
         graceful_shutdown_timeout_s=config.request_timeout_s,
         backpressure_config=_OVERLOAD,
-    ).bind(
-        engine, catalogue, internalizer, selector, store, config.alias, config.min_similarity, config.request_timeout_s
-    )
+    ).bind(engine, catalogue, internalizer, selector, store, config.alias, config.request_timeout_s)
 
 
 def from_yaml(arguments: dict[str, Any]) -> serve.Application:

@@ -35,9 +35,10 @@ logger = logging.getLogger("ray.serve")
 class Choice:
     """The document that fits best; it may have changed since."""
 
-    doc_id: str
+    doc_id: str | None
+    """None where none is similar enough."""
     similarity: float
-    """Cosine of the embeddings, at most 1."""
+    """Cosine of the embeddings, at most 1; where none is similar enough, the nearest document's."""
 
 
 @dataclass
@@ -68,15 +69,15 @@ class Selector:
         self._indexes: dict[str, _Index] = {}
         self._reading: dict[str, asyncio.Task[UserError | None]] = {}
         self._changes: Counter[str] = Counter()
+        self._min_similarity = -1.0
         self._tailing = asyncio.create_task(self._tail())
 
-    async def select(self, tenant: str, question: str, least: float) -> Choice | None:
-        """The document that fits the question best; None where there is none with an embedding.
+    def reconfigure(self, config: dict[str, float]) -> None:
+        """Called by Serve with `user_config`: `min_similarity` of documents that come into question."""
+        self._min_similarity = config["min_similarity"]
 
-        Args:
-            tenant: whose documents.
-            question: what is asked.
-            least: similarity of documents that come into question; where all have less, it is the nearest one's.
+    async def select(self, tenant: str, question: str) -> Choice | None:
+        """The document that fits the question best; None where there is none with an embedding.
 
         Raises:
             ApiError: the storage fails.
@@ -85,8 +86,9 @@ class Selector:
         if index.ranking is None:
             return None
         asked = await self._embed(question)
+        least = self._min_similarity
         best, similarity = index.ranking.best(np.array(asked.vector, np.float32), asked.terms, least)
-        return Choice(index.events[best].doc_id, similarity)
+        return Choice(index.events[best].doc_id if similarity >= least else None, similarity)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""

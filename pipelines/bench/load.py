@@ -5,24 +5,27 @@ Clients ask over HTTP without pause, their documents drawn by Zipf's law:
 - `affinity`: engines and router as they are served;
 - `multiplexed`: the same engines behind Ray Serve's own model multiplexing, a cache of as many adapters and its router.
   A deployment more stands in between, so compare loads and hits, not seconds;
-- `uploads`: `affinity` again, while documents are uploaded and asked about at once.
+- `uploads`: `affinity` again, while documents are uploaded and asked about at once;
+- `hottest`: for a fifth of the time all clients ask about one document, which no engine alone can keep up with.
 
 `gateway_overhead_ms` is what gateway and HTTP add, at the median and with nothing else going on, to a call of the
 engines' deployment for one token. `failures` are answers that were neither a whole completion nor an honest 429 with
 Retry-After; `loads_per_1000` and `hits` are adapters read from disk per 1,000 requests to engines, and the share that
-found theirs; `engine_mb` is the resident memory of all engines here after a fifth of the time and at the end.
+found theirs; `requests` are each engine's; `engine_mb` is the resident memory of all engines here after a fifth of the
+time and at the end.
 """
 
 import asyncio
 import itertools
 import json
+import math
 import random
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -126,9 +129,12 @@ def bench_load(config: BenchLoadConfig) -> dict[str, Any]:
         for name, start in (("affinity", _serve), ("multiplexed", _serve_multiplexed), ("uploads", _serve)):
             try:
                 start(config, served)
-                if not report:
+                if name == "affinity":
                     report["gateway_overhead_ms"] = _gateway_overhead_ms(served)
                 report[name] = asyncio.run(_Load(config, served).run(uploads=name == "uploads"))
+                if name == "affinity":
+                    one = replace(config, seconds=config.seconds / 5, exponent=math.inf)
+                    report["hottest"] = asyncio.run(_Load(one, served).run(uploads=False))
             finally:
                 serve.shutdown()
     return report
@@ -231,7 +237,7 @@ class _ServesCache:
 class _MultiplexedEngine(Engine.func_or_class):  # type: ignore[misc]
     def __init__(self, most: int, served: ServeConfig):
         batching = BatcherConfig(served.max_batch_size)
-        super().__init__(served.store, served.base, "cpu", served.dtype, 1, 0, served.request_timeout_s, batching)
+        super().__init__(served.store, served.base, "cpu", served.dtype, 0, served.request_timeout_s, batching)
         self._cache = _ServesCache(most, self._start_load)
         self._metrics = EngineMetrics(self._batcher, self._cache)
 
@@ -263,7 +269,9 @@ class _Load:
         after = _counters()
         if not after[_LOADS]:
             raise UserError("Ray's metrics have no loads of adapters; is its dashboard agent running?")
-        hits, loads = (sum(after[kind][k] - before[kind].get(k, 0) for k in after[kind]) for kind in (_HITS, _LOADS))
+        hits, loads = (Counter(after[kind]) - Counter(before[kind]) for kind in (_HITS, _LOADS))
+        engines = hits + loads
+        requests = engines.total()
         median, p99 = np.quantile(self._latencies, [0.5, 0.99])
         return {
             "answers": len(self._latencies),
@@ -273,9 +281,9 @@ class _Load:
             "throttled": self._throttled,
             "uploaded": self._uploaded,
             "failures": dict(self._failures),
-            "requests": hits + loads,
-            "loads_per_1000": 1000 * loads / (hits + loads),
-            "hits": hits / (hits + loads),
+            "requests": sorted(engines.values(), reverse=True),
+            "loads_per_1000": 1000 * loads.total() / requests,
+            "hits": hits.total() / requests,
             "engine_mb": [self._megabytes[len(self._megabytes) // 5], self._megabytes[-1]],
         }
 

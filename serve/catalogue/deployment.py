@@ -1,18 +1,20 @@
 """The catalogue deployment, one replica: the only one in serving that writes the catalogue, and the one that counts.
 
-It tails the table, commits uploads and deletions of all gateways in groups, reads the file of keys again when it
-changes, and tells the gateways of all this through a feed. What a gateway asked it to commit is known to every gateway
+It tails the table, commits uploads and deletions of all gateways in groups, sees to long uploads whose gateway has
+gone, reads the file of keys again when it changes, and tells the gateways of all this through a feed. What a gateway asked it to commit is known to every gateway
 when it answers. Limits are counted here, for counters in each gateway would allow each the whole.
 """
 
 import asyncio
 import logging
 import math
+import random
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ray import serve
 
@@ -22,6 +24,7 @@ from d2l.event import Event
 from serve.catalogue.feed import Feed, Update
 from serve.catalogue.keys import ApiKey, Keys
 from serve.catalogue.limits import Limiter
+from serve.catalogue.uploads import NEVER, Upload, UploadStore, remember
 from serve.errors import ApiError, storage_error
 
 POLL_S = 1.0
@@ -29,32 +32,10 @@ POLL_S = 1.0
 _TAIL_S = 1.0
 """Pause between looks at the table and the file of keys; bulk changes are to be seen within 5 s."""
 _MOMENT = timedelta(microseconds=1)
-_NEVER = datetime.min.replace(tzinfo=UTC)
-_MOST_UPLOADS = 10_000
-"""Uploads that are remembered: those that run or have failed."""
+_MOST_MOVES = 3
+"""Gateways that take an upload over at most: it may be what ends them."""
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A document on its way to an adapter, or one that did not become one."""
-
-    tenant: str
-    doc_id: str
-    version: str
-    """First 12 hex digits of the text's digest."""
-    gateway: str
-    """Who is at it."""
-    accepted: datetime = _NEVER
-    """When the catalogue heard of it: its event is dated so, behind what has happened to the document since."""
-    status: Literal["processing", "failed"] = "processing"
-    reason: str = ""
-    """Why it failed."""
-
-    def is_settled_by(self, event: Event) -> bool:
-        """Whether there is nothing more to say of it once the event has happened to its document."""
-        return event.event != "failed" and event.created_at >= self.accepted
 
 
 @dataclass(frozen=True)
@@ -98,14 +79,23 @@ class CatalogueDeployment:
         self._using_table = asyncio.Lock()
         self._waiting: list[_Waiting] = []
         self._something_waits = asyncio.Event()
-        self._last = _NEVER
+        self._last = NEVER
+        self._kept = UploadStore(store)
         self._uploads: dict[tuple[str, str], Upload] = {}
+        self._ended: deque[Upload] = deque()
+        """Uploads that need not be kept any more."""
+        for upload in await asyncio.to_thread(self._kept.all):
+            changed = self._catalogue.changed_at(upload.tenant, upload.doc_id)
+            if changed and changed >= upload.accepted:
+                self._ended.append(upload)
+            else:
+                remember(self._uploads, upload)
         self._limiters: dict[str, Limiter] = {}
         self._keys_file = Path(keys) if keys else None
         self._keys_time: float | None = None
         self._keys: Keys | None = None
         await self._read_keys()
-        self._tasks = [asyncio.create_task(self._for_ever(step)) for step in (self._write, self._tail, self._forget)]
+        self._tasks = [asyncio.create_task(self._for_ever(step)) for step in (self._write, self._tail, self._tend)]
 
     async def subscribe(self, gateway: str) -> Start:
         """Begin to listen; read the table after this, then `poll` from its position."""
@@ -138,13 +128,16 @@ class CatalogueDeployment:
         return self._now(tenant, doc_id)
 
     async def accept(self, upload: Upload) -> Upload:
-        """Tell all gateways of an upload that goes on; the upload, with the time."""
+        """Tell all gateways of an upload that goes on; the upload, with the time, which is then to be kept."""
+        if before := self._uploads.get((upload.tenant, upload.doc_id)):
+            self._ended.append(before)
         upload = replace(upload, accepted=self._now(upload.tenant, upload.doc_id))
         await self._tell(upload)
         return upload
 
     async def fail(self, upload: Upload, reason: str) -> None:
         """Tell all gateways that an upload has failed, unless something else has happened to its document since."""
+        self._ended.append(upload)
         there = self._uploads.get((upload.tenant, upload.doc_id))
         changed = self._catalogue.changed_at(upload.tenant, upload.doc_id)
         if not (there and there.accepted > upload.accepted) and not (changed and changed >= upload.accepted):
@@ -222,14 +215,14 @@ class CatalogueDeployment:
     def _now(self, tenant: str, doc_id: str, *before: datetime) -> datetime:
         """Later than all that was told, and than all that the document had by clocks that may be ahead."""
         self._last = max(datetime.now(UTC), self._last + _MOMENT)
-        changed = self._catalogue.changed_at(tenant, doc_id) or _NEVER
+        changed = self._catalogue.changed_at(tenant, doc_id) or NEVER
         return max(self._last, *(time + _MOMENT for time in (changed, *before)))
 
     async def _publish(self, events: Sequence[Event]) -> int:
         for event in events:
             upload = self._uploads.get((event.tenant, event.doc_id))
             if upload and upload.is_settled_by(event):
-                del self._uploads[event.tenant, event.doc_id]
+                self._ended.append(self._uploads.pop((event.tenant, event.doc_id)))
         return await self._feed.publish(events)
 
     async def _tail(self) -> None:
@@ -241,12 +234,19 @@ class CatalogueDeployment:
         async with self._using_table:
             await self._publish(await asyncio.to_thread(self._catalogue.refresh))
 
-    async def _forget(self) -> None:
-        """Uploads whose gateway has gone will not end by themselves."""
+    async def _tend(self) -> None:
+        """Forget uploads that have ended, and give those whose gateway has gone to another one."""
         await asyncio.sleep(_TAIL_S)
-        for upload in list(self._uploads.values()):
-            if upload.status == "processing" and not self._feed.alive(upload.gateway):
-                await self.fail(upload, "the server was interrupted; upload it again")
+        while self._ended:
+            await asyncio.to_thread(self._kept.remove, self._ended[0])
+            self._ended.popleft()
+        there = self._feed.subscribers
+        lost = [each for each in self._uploads.values() if each.status == "processing" and each.gateway not in there]
+        for upload in lost if there else ():
+            if upload.moves < _MOST_MOVES:
+                await self._tell(replace(upload, gateway=random.choice(there), moves=upload.moves + 1))
+            else:
+                await self.fail(upload, f"{_MOST_MOVES + 1} servers ended while they read it")
 
     async def _read_keys(self) -> None:
         if self._keys_file is None:
@@ -264,14 +264,6 @@ class CatalogueDeployment:
                 await step()
             except (UserError, OSError) as error:  # storage comes back; until then what is known is served
                 logger.warning("catalogue not followed: %s", error)
-
-
-def remember(uploads: dict[tuple[str, str], Upload], upload: Upload) -> None:
-    """Add an upload as the newest, and forget the oldest beyond `_MOST_UPLOADS`: alike in catalogue and gateways."""
-    uploads.pop((upload.tenant, upload.doc_id), None)
-    uploads[upload.tenant, upload.doc_id] = upload
-    while len(uploads) > _MOST_UPLOADS:
-        del uploads[next(iter(uploads))]
 
 
 def check_room(catalogue: Catalogue, key: ApiKey, doc_id: str, arriving: Iterable[Event] = ()) -> None:

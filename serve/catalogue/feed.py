@@ -21,6 +21,8 @@ _HISTORY = 100_000
 """Items that the feed remembers; who is further behind subscribes again."""
 _UPDATE = 5_000
 """Items told at a time."""
+_BEFORE = ""
+"""All subscribers of the feed before, as one."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Feed:
         self._items: deque[Any] = deque(maxlen=_HISTORY)
         self._position = 0
         # Of a feed before this one, in a process that has ended, subscribers may still hold leases.
-        self._subscribers = {"": _Subscriber(-1, clock() + lease_s)}
+        self._subscribers = {_BEFORE: _Subscriber(-1, clock() + lease_s)}
         self._changed = asyncio.Condition()
 
     async def publish(self, items: Iterable[Any]) -> int:
@@ -63,9 +65,11 @@ class Feed:
         self._subscribers[name] = _Subscriber(-1, self._clock() + self._lease_s)
         return self._position
 
-    def alive(self, name: str) -> bool:
-        """Whether a subscriber holds a lease."""
-        return name in self._subscribers and self._subscribers[name].expires > self._clock()
+    @property
+    def subscribers(self) -> list[str]:
+        """Those that hold a lease; none as long as the feed before this one may have some that have not come yet."""
+        holders = [name for name, who in self._subscribers.items() if who.expires > self._clock()]
+        return [] if _BEFORE in holders else holders
 
     async def poll(self, name: str, seen: int, wait_s: float) -> Update | None:
         """What comes after `seen`, nothing if nothing comes in `wait_s`; None for who has to subscribe again."""

@@ -35,19 +35,24 @@ class AdapterCache:
     Those in use count, and may alone be more than fit: no request waits for another one's memory.
     """
 
-    def __init__(self, capacity_bytes: int, load: Callable[[Key], Awaitable[Adapter]]):
+    def __init__(self, load: Callable[[Key], Awaitable[Adapter]]):
         self.nbytes = 0
         """Bytes held."""
         self.hits = 0
         """Requests whose adapter was there, or on its way."""
         self.loads = 0
         """Those for which it was loaded."""
-        self._capacity = capacity_bytes
+        self._capacity = 0
         self._load = load
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
         """The least recently used first."""
         self._uses: Counter[Key] = Counter()
         self._uses_since_halved = 0
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Keep adapters of so many bytes from now on."""
+        self._capacity = capacity_bytes
+        self._evict()
 
     @asynccontextmanager
     async def use(self, key: Key) -> AsyncIterator[Adapter]:

@@ -43,7 +43,6 @@ class Engine:
         base: name of the base model.
         device: where it runs.
         dtype: of its weights.
-        cache_bytes: adapters kept in memory.
         disk_bytes: adapters kept on this machine's disk, where the store is not there itself.
         timeout_s: for a request, from when the gateway sent it to the end of its answer.
         batching: how requests share the model.
@@ -56,7 +55,6 @@ class Engine:
         base: str,
         device: str,
         dtype: str,
-        cache_bytes: int,
         disk_bytes: int,
         timeout_s: float,
         batching: BatcherConfig,
@@ -73,9 +71,13 @@ class Engine:
         # Of their own: prompts wait for no slow storage, and what is on disk for no store that hangs.
         self._fetchers = ThreadPoolExecutor(_LOADS, "adapter-fetch")
         self._readers = ThreadPoolExecutor(_LOADS, "adapter-read")
-        self._cache = AdapterCache(cache_bytes, self._start_load)
+        self._cache = AdapterCache(self._start_load)
         self._timeout_s = timeout_s
         self._metrics = EngineMetrics(self._batcher, self._cache)
+
+    def reconfigure(self, config: dict[str, int]) -> None:
+        """Called by Serve with `user_config`: `adapter_cache_bytes` are kept in memory."""
+        self._cache.resize(config["adapter_cache_bytes"])
 
     async def complete(self, request: EngineRequest) -> Piece:
         """The answer in one piece. Raises as `stream` does."""

@@ -12,6 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from serve.catalogue.keys import ApiKey
+from serve.catalogue.uploads import UploadStore
 from serve.errors import ApiError, as_api_error
 from serve.gateway.authentication import BEARER
 from serve.gateway.directory import Directory
@@ -28,10 +29,10 @@ class Backend:
     """None where documents are not taken."""
     selector: DeploymentHandle | None
     """None where documents are not chosen by meaning."""
+    uploads: UploadStore
+    """Of long documents."""
     alias: str
     """Name that the base model is served under."""
-    min_similarity: float
-    """Below this, `auto` is the bare base model."""
     timeout_s: float
     """Seconds that a request may wait for the other deployments, of which there may be none for a while."""
 

@@ -156,9 +156,9 @@ class _Answers:
         if backend.selector is None:
             raise _not_found(model, "this server has no embedding model to choose documents by")
         async with backend.deadline():
-            choice: Choice | None = await backend.selector.select.remote(tenant, question, backend.min_similarity)
+            choice: Choice | None = await backend.selector.select.remote(tenant, question)
         event = None
-        if choice and choice.similarity >= backend.min_similarity:
+        if choice and choice.doc_id is not None:
             # Its current version, which may be newer than the one that the selector knows.
             event = backend.directory.catalogue.resolve(tenant, choice.doc_id)
         said = {

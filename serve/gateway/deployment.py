@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve.catalogue.uploads import UploadStore
 from serve.errors import handle_errors
 from serve.gateway.authentication import Authentication
 from serve.gateway.backend import Backend
@@ -36,9 +37,8 @@ class Gateway:
         catalogue: the catalogue deployment.
         internalizer: the internalizer deployment; None where documents are not taken.
         selector: the selector deployment; None where documents are not chosen by meaning.
-        store: root of the store, for its catalogue.
+        store: root of the store, for its catalogue and long uploads.
         alias: name that the base model is served under.
-        min_similarity: of a question to the document that `auto` chooses.
         timeout_s: for the other deployments to answer a request.
     """
 
@@ -50,11 +50,11 @@ class Gateway:
         selector: DeploymentHandle | None,
         store: str,
         alias: str,
-        min_similarity: float,
         timeout_s: float,
     ):
         directory = await Directory.open(store, catalogue)
-        self._backend = Backend(directory, engine, catalogue, internalizer, selector, alias, min_similarity, timeout_s)
+        uploads = UploadStore(store)
+        self._backend = Backend(directory, engine, catalogue, internalizer, selector, uploads, alias, timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve."""

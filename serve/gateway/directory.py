@@ -7,14 +7,16 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Callable
 
 from ray.serve.handle import DeploymentHandle
 
 from d2l.catalogue import Catalogue
 from d2l.event import Event
-from serve.catalogue.deployment import POLL_S, Start, Upload, remember
+from serve.catalogue.deployment import POLL_S, Start
 from serve.catalogue.feed import LEASE_S, Update
 from serve.catalogue.keys import OPEN, ApiKey, Keys
+from serve.catalogue.uploads import Upload, remember
 from serve.errors import ApiError
 
 _RETRY_S = 0.5
@@ -35,6 +37,7 @@ class Directory:
         self._position: int | None = None
         self._lease = 0.0
         self._following: asyncio.Task[None] | None = None
+        self._resume: Callable[[Upload], None] = lambda upload: None
 
     @classmethod
     async def open(cls, store: str, deployment: DeploymentHandle) -> "Directory":
@@ -78,6 +81,20 @@ class Directory:
         """The upload of a document that goes on or was the last to fail."""
         return self._uploads.get((tenant, doc_id))
 
+    def key(self, name: str) -> ApiKey | None:
+        """The key of an id, if it is still valid."""
+        return OPEN if self._keys is None else self._keys.by_id.get(name)
+
+    def on_upload(self, resume: Callable[[Upload], None]) -> None:
+        """Have `resume` called with all uploads that are this gateway's, its own and those of gateways that ended."""
+        self._resume = resume
+        for upload in self._uploads.values():
+            self._own(upload)
+
+    def _own(self, upload: Upload) -> None:
+        if upload.gateway == self.name and upload.status == "processing":
+            self._resume(upload)
+
     async def _for_ever(self) -> None:
         while True:
             try:
@@ -93,6 +110,7 @@ class Directory:
             self._keys = start.keys
             self._uploads = {(upload.tenant, upload.doc_id): upload for upload in start.uploads}
             self._position = start.position
+            self.on_upload(self._resume)
         asked = time.monotonic()
         question = self._deployment.poll.remote(self.name, self._position)
         update: Update | None = await asyncio.wait_for(question, POLL_S + LEASE_S)
@@ -109,6 +127,7 @@ class Directory:
             self._keys = item
         elif isinstance(item, Upload):
             remember(self._uploads, item)
+            self._own(item)
         else:
             self.catalogue.apply([item])
             upload = self._uploads.get((item.tenant, item.doc_id))

@@ -1,16 +1,19 @@
 """Routes of documents: /v1/documents. A text or a file becomes an adapter, and its name a model.
 
 A short document is ready when its upload is answered, and every gateway answers from its new version by then. A long
-one is answered with 202 at once; GET tells when it is ready, or why it is not.
+one is answered with 202 once it is kept; GET tells when it is ready, or why it is not.
 """
 
 import asyncio
 import contextvars
 import logging
 import time
+import uuid
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import chain, repeat
 from typing import Annotated, Any
 
@@ -21,13 +24,15 @@ from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from d2l.chunking import check_text
+from d2l.errors import UserError
 from d2l.event import Event
 from d2l.extract import SUFFIXES, TEXT, extract, extractor_of
 from d2l.internalize import Document
 from d2l.store import check_doc_id
-from serve.catalogue.deployment import Upload, check_room
+from serve.catalogue.deployment import check_room
 from serve.catalogue.keys import ApiKey
-from serve.errors import STORAGE_UNAVAILABLE, ApiError, as_api_error
+from serve.catalogue.uploads import NEVER, Upload
+from serve.errors import STORAGE_UNAVAILABLE, ApiError, as_api_error, storage_error
 from serve.gateway.backend import Backend
 from serve.gateway.model_names import document_model, shown
 from serve.gateway.models import MOST_LISTED, After, Limit, page
@@ -213,8 +218,10 @@ class _Uploads:
 
     def __init__(self, backend: Backend):
         self._backend = backend
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        """By the ids of uploads."""
         self._turns = asyncio.Semaphore(_GOING_ON_AT_ONCE)
+        backend.directory.on_upload(self._resume)
 
     async def finish(self, given: _Given, key: ApiKey, accepted: datetime) -> Event:
         """Internalize a document and commit it, as of when it was accepted: what was sent later is current.
@@ -251,14 +258,10 @@ class _Uploads:
         self._check(given, key)
         if len(self._running) >= _MOST_GOING_ON:
             raise ApiError(429, "Too many long documents are being read. Try again later.", "overloaded", 60)
-        upload = Upload(key.tenant, given.doc_id, given.version, self._backend.directory.name)
-        # If the client leaves, what it has sent is gone on with: in a context of its own, for Serve then cancels all
-        # calls that were made in the request's.
-        context = contextvars.Context()
-        accepted = asyncio.create_task(self._accepted(upload), context=context)
-        task = asyncio.create_task(self._go_on(given, key, accepted), context=context)
-        self._running.add(task)
-        task.add_done_callback(self._ended)
+        origin = (key.tenant, given.doc_id, given.version, given.extractor, key.id)
+        upload = Upload(uuid.uuid4().hex, *origin, self._backend.directory.name)
+        accepted: asyncio.Future[Upload] = asyncio.get_running_loop().create_future()
+        self._start(upload, self._take(given, upload, accepted))
         upload = await asyncio.shield(accepted)
         current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
         return _uploading(self._backend.alias, upload, current)
@@ -270,20 +273,50 @@ class _Uploads:
             raise ApiError(403, message, "documents_not_taken")
         check_room(self._backend.directory.catalogue, key, given.doc_id)
 
-    async def _go_on(self, given: _Given, key: ApiKey, accepted: asyncio.Future[Upload]) -> None:
-        upload = await accepted
+    def _start(self, upload: Upload, work: Coroutine[Any, Any, None]) -> None:
+        """Go on with a document whoever leaves: what was called in a request's context, Serve ends with the request."""
+        task = asyncio.create_task(work, context=contextvars.Context())
+        self._running[upload.id] = task
+        task.add_done_callback(partial(self._ended, upload))
+
+    def _resume(self, upload: Upload) -> None:
+        """Go on with what a gateway that has ended leaves, or the server before."""
+        if upload.id not in self._running:
+            self._start(upload, self._go_on(upload))
+
+    async def _take(self, given: _Given, upload: Upload, accepted: asyncio.Future[Upload]) -> None:
+        """Keep a document, so that its upload can be answered, and go on with it."""
         try:
-            await self._finish_at_last(given, key, upload)
+            async with self._backend.deadline():
+                upload = await self._backend.catalogue.accept.remote(upload)
+                try:
+                    await asyncio.to_thread(self._backend.uploads.put, upload, given.text)
+                except UserError as error:
+                    raise storage_error(error) from error
+        except ApiError as error:
+            accepted.set_exception(error)
+            if upload.accepted > NEVER:
+                await self._backend.catalogue.fail.remote(upload, error.message)
+        else:
+            accepted.set_result(upload)
+            await self._go_on(upload, given)
+
+    async def _go_on(self, upload: Upload, given: _Given | None = None) -> None:
+        try:
+            if not self._is_superseded(upload):
+                await self._finish_at_last(upload, given)
         except ApiError as error:
             await self._backend.catalogue.fail.remote(upload, error.message)
 
-    async def _finish_at_last(self, given: _Given, key: ApiKey, upload: Upload) -> None:
+    async def _finish_at_last(self, upload: Upload, given: _Given | None) -> None:
         """As `finish`, but waits for what is only overloaded or out of reach: nobody else tries again."""
         event = None
         end = time.monotonic() + _MOST_TRYING_S
         losses = 0
         for pause in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:
+                given = given or await self._kept(upload)
+                key = self._key(upload)
                 async with self._turns:  # else they would take the internalizers' queues from short ones
                     event = event or await self._make(given, key)
                     await self._commit(event, key, upload.accepted)
@@ -298,21 +331,32 @@ class _Uploads:
             if self._is_superseded(upload):
                 return
 
+    async def _kept(self, upload: Upload) -> _Given:
+        try:
+            text = await asyncio.to_thread(self._backend.uploads.text, upload)
+        except UserError as error:
+            raise storage_error(error) from error
+        if text is None:
+            raise ApiError(404, "The server was interrupted. Upload the document again.")
+        return _Given(upload.doc_id, text, upload.extractor)
+
+    def _key(self, upload: Upload) -> ApiKey:
+        key = self._backend.directory.key(upload.key)
+        if key is None:
+            raise ApiError(401, "The API key of this upload is not valid any more.")
+        return key
+
     def _is_superseded(self, upload: Upload) -> bool:
-        """Whether the document was deleted meanwhile, or sent anew; a catalogue that began anew knows of no upload."""
+        """Whether the document was deleted meanwhile, or sent anew."""
         directory = self._backend.directory
         known = directory.upload(upload.tenant, upload.doc_id)
         changed = directory.catalogue.changed_at(upload.tenant, upload.doc_id)
         return bool(known and known.accepted > upload.accepted) or bool(changed and changed >= upload.accepted)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+    def _ended(self, upload: Upload, task: asyncio.Task[None]) -> None:
+        del self._running[upload.id]
         if not task.cancelled() and (error := task.exception()):
             logger.error("the end of an upload could not be told: %s", error)
-
-    async def _accepted(self, upload: Upload) -> Upload:
-        async with self._backend.deadline():
-            return await self._backend.catalogue.accept.remote(upload)
 
 
 def _ready(alias: str, event: Event) -> dict[str, Any]:

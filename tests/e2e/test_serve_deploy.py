@@ -125,6 +125,12 @@ def test_uploads_move_to_another_hypernetwork_without_a_restart(cluster: Cluster
     assert cluster.running("Internalizer") == replicas
 
 
+def test_engines_give_adapters_less_memory_without_a_restart(cluster: Cluster):
+    replicas = cluster.running("Engine")
+    cluster.deploy({"name": "Engine", "user_config": {"adapter_cache_bytes": 1}})
+    assert cluster.running("Engine") == replicas
+
+
 def test_engines_come_with_the_load_and_go_with_it(cluster: Cluster):
     scaling = {
         "min_replicas": 1,

@@ -17,18 +17,20 @@ CLIENTS = 20
 def test_every_request_is_accounted_for(ray_cluster: None, tiny_llama: BaseModel, tmp_path: Path) -> None:
     random_hypernetwork(tiny_llama).save_pretrained(tmp_path)
     (port,) = free_ports(1)
-    sizes = {"replicas": 1, "adapters": 30, "rank": 4, "max_batch_size": 2, "max_queued_requests": 4}
+    sizes = {"replicas": 2, "adapters": 30, "rank": 4, "max_batch_size": 2, "max_queued_requests": 4}
     config = BenchLoadConfig(tmp_path, seconds=10, clients=CLIENTS, upload_every_s=1, port=port, **sizes)
     report = bench_load(config)
     assert 0 < report.pop("gateway_overhead_ms") < 1000
-    assert list(report) == ["affinity", "multiplexed", "uploads"]
+    assert list(report) == ["affinity", "hottest", "multiplexed", "uploads"]
     for load in report.values():
         assert load["failures"] == {}
         assert load["throttled"] > 0
-        assert 0 <= load["requests"] - load["answers"] <= CLIENTS  # those that were cut off at the end
-        assert 0 < load["hits"] < 1
+        assert 0 <= sum(load["requests"]) - load["answers"] <= CLIENTS  # those that were cut off at the end
+        assert 0 < load["hits"] <= 1
         assert load["engine_mb"][-1] > 50
     assert report["uploads"]["uploaded"] > 0
+    most, least = report["hottest"]["requests"]  # engines, both of which have that adapter
+    assert least > most / 4
 
 
 def test_a_cache_of_nothing_is_refused() -> None:

@@ -74,12 +74,11 @@ def test_a_cold_adapter_is_loaded_once(ray_cluster: None, tiny_llama: BaseModel,
     store, adapter_ids = AdapterStore(tmp_path), [f"{number:032x}" for number in range(6)]
     for number, adapter_id in enumerate(adapter_ids):
         store.put("default", adapter_id, random_adapter(tiny_llama, seed=number))
-    engine = Engine.options(**OPTIONS).bind(
+    engine = Engine.options(**OPTIONS, user_config={"adapter_cache_bytes": 10**9}).bind(
         store=str(tmp_path),
         base=tiny_llama.name,
         device="cpu",
         dtype="float32",
-        cache_bytes=10**9,
         disk_bytes=0,
         timeout_s=60,
         batching=BatcherConfig(),

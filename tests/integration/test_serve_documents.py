@@ -27,6 +27,7 @@ from pipelines.catalogue import PromoteConfig, promote
 from serve.app import ServeConfig, run
 from serve.catalogue.keys import AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
+from serve.catalogue.uploads import UploadStore
 from tests.integration.test_serve import random_hypernetwork, wait_until
 from tests.ports import free_ports
 from tests.unit.test_extract import filled, pdf, word
@@ -193,6 +194,20 @@ def test_what_was_sent_last_counts_though_it_is_ready_first(server: Server) -> N
     assert (there["status"], there["version"]) == ("ready", short)
     assert server.call("GET", "/documents/withdrawn").status_code == 404
     assert server.ask("tiny:withdrawn").status_code == 404
+
+
+def test_long_documents_outlive_their_gateways(server: Server) -> None:
+    long = "The magic number of the blue harbour is 4821. " * 8000
+    for doc_id in ("first", "second"):
+        assert server.call("POST", "/documents", json={"id": doc_id, "text": long}).status_code == 202
+    for gateway in _actors("Gateway"):
+        ray.kill(gateway)
+    kept = UploadStore(str(server.store))
+    assert {upload.doc_id for upload in kept.all()} >= {"first", "second"}
+    wait_until(lambda: not kept.all(), 120)
+    for doc_id in ("first", "second"):
+        assert server.call("GET", f"/documents/{doc_id}").json()["status"] == "ready"
+        assert server.ask(f"tiny:{doc_id}").ok
 
 
 def test_bulk_changes_are_seen_within_5_s(server: Server) -> None:
@@ -395,10 +410,8 @@ def test_a_body_of_100_mb_is_refused_as_it_comes(server: Server) -> None:
 def test_the_catalogue_deployment_is_killed(server: Server) -> None:
     """Gateways follow its successor; what is uploaded then is known to all of them."""
     text = "The number after the accident is 5."
-    (name,) = [
-        actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#CatalogueDeployment#" in actor["name"]
-    ]
-    ray.kill(ray.get_actor(**name))
+    (catalogue,) = _actors("CatalogueDeployment")
+    ray.kill(catalogue)
     deadline = time.monotonic() + 90
     while True:
         assert time.monotonic() < deadline
@@ -409,6 +422,11 @@ def test_the_catalogue_deployment_is_killed(server: Server) -> None:
         time.sleep(0.5)
     assert server.answers("tiny:harbour") == {server.expected(server.library.internalize(text))}
     assert server.call("GET", "/documents/harbour").json()["version"] == response.json()["version"]
+
+
+def _actors(deployment: str) -> list[Any]:
+    names = ray.util.list_named_actors(all_namespaces=True)
+    return [ray.get_actor(**name) for name in names if f"#{deployment}#" in name["name"]]
 
 
 def pages(server: Server, path: str, limit: int) -> list[dict[str, Any]]:

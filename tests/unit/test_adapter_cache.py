@@ -34,7 +34,9 @@ async def get(cache: AdapterCache, name: str, tenant: str = "default") -> Simple
 def run(capacity: int, scenario: Callable[[AdapterCache, Loader], Awaitable[None]]) -> None:
     async def main() -> None:
         loader = Loader()
-        await asyncio.wait_for(scenario(AdapterCache(capacity, loader), loader), 10)
+        cache = AdapterCache(loader)
+        cache.resize(capacity)
+        await asyncio.wait_for(scenario(cache, loader), 10)
 
     asyncio.run(main())
 
@@ -48,6 +50,18 @@ def test_of_those_used_as_much_the_least_recently_used_leaves_first():
         assert (cache.hits, cache.loads) == (2, 4)
 
     run(20, scenario)
+
+
+def test_a_cache_that_is_made_smaller_keeps_what_fits():
+    async def scenario(cache: AdapterCache, loader: Loader) -> None:
+        for name in "abc":
+            await get(cache, name)
+        cache.resize(10)
+        assert cache.nbytes == 10
+        await get(cache, "c")
+        assert loader.loads == ["a", "b", "c"]
+
+    run(30, scenario)
 
 
 def test_what_is_asked_for_once_does_not_drive_out_what_is_asked_for_often():

@@ -19,7 +19,7 @@ class Call:
 
 
 def backend(timeout_s: float) -> Backend:
-    return Backend(*[None] * 5, "tiny", 0.3, timeout_s)  # type: ignore[arg-type]
+    return Backend(*[None] * 6, "tiny", timeout_s)  # type: ignore[arg-type]
 
 
 async def wait(call: Call, timeout_s: float = 60.0, error: Exception | None = None) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 
 from d2l.errors import StorageError
 from d2l.event import Event
-from serve.catalogue.deployment import CatalogueDeployment, Upload, check_room
+from serve.catalogue import deployment as catalogue_deployment
+from serve.catalogue.deployment import CatalogueDeployment, check_room
 from serve.catalogue.feed import Feed
 from serve.catalogue.keys import OPEN, AddKeyConfig, add_key
 from serve.catalogue.limits import Limits
+from serve.catalogue.uploads import Upload, UploadStore
 from serve.errors import ApiError
 
-LONG = Upload("default", "doc", "long", "gateway")
+LONG = Upload("1" * 32, "default", "doc", "long", "text", "open", "gateway")
 
 
 def ready(version: str) -> Event:
@@ -28,13 +31,19 @@ DELETED = Event("default", "doc", "", "deleted")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[[Callable[[Any], Coroutine[Any, Any, None]]], None]:
-    """Runs a test with a deployment that waits for no gateways."""
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Any], Coroutine[Any, Any, None]]], None]:
+    """Runs a test with a deployment that waits for no gateways, and looks after nothing unless it is told to."""
+    monkeypatch.setattr(catalogue_deployment, "_TAIL_S", 0)
 
     async def main(test: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
         deployment = object.__new__(CatalogueDeployment.func_or_class)
         await deployment.__init__(str(tmp_path), None)
         deployment._feed = Feed(lease_s=0)
+        _, *others = deployment._tasks  # the first one writes
+        for task in others:
+            task.cancel()
         try:
             await test(deployment)
         finally:
@@ -69,7 +78,10 @@ def test_what_came_while_a_short_upload_went_on_stays(run: Any) -> None:
 def test_what_came_while_an_upload_went_on_stays(run: Any, event: Event, left: str | None) -> None:
     async def test(deployment: Any) -> None:
         upload = await deployment.accept(LONG)
+        deployment._kept.put(upload, "a long text")
         await deployment.commit(event, OPEN)
+        await deployment._tend()
+        assert deployment._kept.all() == []
         await deployment.commit(ready("long"), OPEN, upload.accepted)
         assert current(deployment) == left
         await deployment.fail(upload, "too late to tell")
@@ -82,13 +94,19 @@ def test_an_upload_replaces_what_was_there_and_what_came_before_it(run: Any) -> 
     async def test(deployment: Any) -> None:
         await deployment.commit(ready("short"), OPEN)
         first = await deployment.accept(LONG)
-        second = await deployment.accept(LONG)
+        second = await deployment.accept(replace(LONG, id="2" * 32))
+        for upload in (first, second):
+            deployment._kept.put(upload, "a long text")
+        await deployment._tend()
+        assert deployment._kept.all() == [second]
         await deployment.commit(ready("long"), OPEN, first.accepted)
         assert current(deployment) == "long"
         assert (await deployment.subscribe("gateway")).uploads == (second,)
         await deployment.fail(second, "no space")
         (told,) = (await deployment.subscribe("gateway")).uploads
         assert (told.status, told.reason) == ("failed", "no space")
+        await deployment._tend()
+        assert deployment._kept.all() == []
 
     run(test)
 
@@ -119,6 +137,51 @@ def test_a_deletion_that_could_not_be_written_deletes_nothing(run: Any, monkeypa
         assert current(deployment) == "long"
 
     run(test)
+
+
+def test_uploads_of_a_gateway_that_has_gone_move_to_others_until_it_seems_to_be_their_fault(run: Any) -> None:
+    async def test(deployment: Any) -> None:
+        deployment._kept.put(LONG, "a long text")
+        await deployment.accept(LONG)
+        told = []
+        for number in range(5):
+            deployment._feed._lease_s = 0.05
+            deployment._feed.subscribe(f"gateway {number}")
+            await deployment._tend()
+            told.append(deployment._uploads["default", "doc"])
+            deployment._feed = Feed(lease_s=0)
+            await deployment._tend()  # nobody is there who could have it
+        assert [upload.gateway for upload in told[:3]] == ["gateway 0", "gateway 1", "gateway 2"]
+        assert [upload.status for upload in told] == ["processing"] * 3 + ["failed"] * 2
+        assert deployment._kept.all() == []
+
+    run(test)
+
+
+def test_uploads_outlive_the_deployment(tmp_path: Path) -> None:
+    """But for those whose end was the last thing that happened."""
+    kept, deleted = (replace(LONG, id=str(number) * 32, doc_id=f"doc-{number}") for number in (1, 2))
+
+    async def begun() -> Any:
+        deployment = object.__new__(CatalogueDeployment.func_or_class)
+        await deployment.__init__(str(tmp_path), None)
+        deployment._feed = Feed(lease_s=0)
+        for task in deployment._tasks:
+            task.cancel()
+        return deployment
+
+    async def main() -> None:
+        before = await begun()
+        for upload in (kept, deleted):
+            UploadStore(str(tmp_path)).put(await before.accept(upload), "a long text")
+        (tmp_path / "uploads" / "note.txt").write_text("not an upload")
+        before._catalogue.append([replace(DELETED, doc_id=deleted.doc_id, created_at=datetime.now(UTC))])
+        after = await begun()
+        await after._tend()
+        assert [upload.id for upload in (await after.subscribe("gateway")).uploads] == [kept.id]
+        assert [upload.id for upload in UploadStore(str(tmp_path)).all()] == [kept.id]
+
+    asyncio.run(main())
 
 
 def test_old_versions_take_room_until_their_document_is_deleted(run: Any) -> None:

@@ -35,8 +35,10 @@ def engine(tiny_llama: BaseModel, tmp_path: Path) -> Callable[..., Engine]:
     (tmp_path / "adapters" / "default" / IDS[2] / WEIGHTS_FILE).write_bytes(b"no weights")
 
     def make(timeout_s: float = 60, store: str = str(tmp_path)) -> Engine:
-        options = {"cache_bytes": 10**9, "disk_bytes": 10**9, "timeout_s": timeout_s, "batching": BatcherConfig()}
-        return Engine.func_or_class(store, tiny_llama.name, "cpu", "float32", **options)
+        options = {"disk_bytes": 10**9, "timeout_s": timeout_s, "batching": BatcherConfig()}
+        made = Engine.func_or_class(store, tiny_llama.name, "cpu", "float32", **options)
+        made.reconfigure({"adapter_cache_bytes": 10**9})
+        return made
 
     return make
 

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 
 from d2l.catalogue import Catalogue
 from d2l.event import Event
-from serve.catalogue.deployment import Upload
-from serve.catalogue.keys import OPEN, AddKeyConfig, Keys, add_key
+from serve.catalogue.keys import OPEN, AddKeyConfig, ApiKey, Keys, add_key
+from serve.catalogue.uploads import Upload, UploadStore
 from serve.errors import STORAGE_UNAVAILABLE, ApiError
 from serve.gateway import documents
 from serve.gateway.backend import Backend
@@ -24,6 +24,7 @@ from serve.gateway.body_limit import BodyLimit
 from serve.gateway.deployment import build_app
 from serve.gateway.directory import Directory
 from serve.gateway.documents import _Files, _Given, _Uploads
+from serve.internalizer import Internalization
 
 NOW = datetime.now(UTC)
 
@@ -120,7 +121,26 @@ def test_a_client_whose_body_has_come_may_wait_longer() -> None:
 
 
 def backend(internalizer: Any = None, catalogue: Any = None, timeout_s: float = 60.0) -> Backend:
-    return Backend(None, None, catalogue, internalizer, None, "tiny", 0.3, timeout_s)  # type: ignore[arg-type]
+    return Backend(None, None, catalogue, internalizer, None, None, "tiny", timeout_s)  # type: ignore[arg-type]
+
+
+UPLOAD = Upload("1" * 32, "default", "doc", "v", "text", OPEN.id, "gateway", accepted=NOW)
+
+
+class Known(Directory):
+    """What a gateway without a catalogue deployment knows."""
+
+    def __init__(self, root: Path):
+        super().__init__(Catalogue(root), None)  # type: ignore[arg-type]
+        self.name = UPLOAD.gateway
+
+
+def uploading(root: Path, directory: Directory, internalizer: Any, catalogue: Any) -> _Uploads:
+    """A gateway's uploads, which are kept under a root."""
+    behind = backend(internalizer, catalogue)
+    uploads = _Uploads(dataclasses.replace(behind, directory=directory, uploads=UploadStore(str(root))))
+    uploads._check = lambda *_: None  # type: ignore[method-assign]
+    return uploads
 
 
 def test_text_does_not_wait_for_a_slow_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,57 +202,89 @@ LOST = ApiError(503, "gone", "replica_unavailable")
     ],
 )
 def test_a_long_document_waits_for_what_is_away(
-    errors: list[ApiError], for_s: float, tries: int, end: str, monkeypatch: pytest.MonkeyPatch
+    errors: list[ApiError], for_s: float, tries: int, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "_PAUSES_S", (0.0, 0.001))
     monkeypatch.setattr(documents, "_MOST_TRYING_S", for_s)
     event = Event("default", "doc", "v", "ready")
-    upload = Upload("default", "doc", "v", "gateway", NOW)
     internalize, commit, fail = Remote(event, *errors), Remote(event), Remote(None)
 
-    class Known:
-        """Of this upload nothing, as after the catalogue's restart."""
-
-        catalogue: Any
-
+    class Told(Known):
         def upload(self, tenant: str, doc_id: str) -> Upload | None:
-            later = dataclasses.replace(upload, accepted=NOW + timedelta(seconds=1))
-            return later if end == "sent anew" and internalize.calls == 2 else None
+            if internalize.calls == 2 and end == "sent anew":
+                return dataclasses.replace(UPLOAD, accepted=NOW + timedelta(seconds=1))
+            if internalize.calls == 2 and end == "deleted":
+                self.catalogue.apply([Event("default", "doc", "", "deleted", created_at=NOW)])
+            return None  # as after the catalogue's restart
 
-        def changed_at(self, tenant: str, doc_id: str) -> datetime | None:
-            return NOW if end == "deleted" and internalize.calls == 2 else None
-
-    known = Known()
-    known.catalogue = known
-    deployments = Deployment(internalize=internalize), Deployment(commit=commit, fail=fail)
-    uploads = _Uploads(dataclasses.replace(backend(*deployments), directory=known))  # type: ignore[arg-type]
-    uploads._check = lambda *_: None  # type: ignore[method-assign]
-
-    async def main() -> None:
-        accepted: asyncio.Future[Upload] = asyncio.get_running_loop().create_future()
-        accepted.set_result(upload)
-        await uploads._go_on(_Given("doc", "text", ""), OPEN, accepted)
-
-    asyncio.run(main())
+    uploads = uploading(
+        tmp_path, Told(tmp_path), Deployment(internalize=internalize), Deployment(commit=commit, fail=fail)
+    )
+    asyncio.run(uploads._go_on(UPLOAD, _Given("doc", "text", "")))
     assert internalize.calls == tries
     assert (commit.calls, fail.calls) == (end == "commit", end == "fail")
 
 
-def test_a_document_is_charged_once_however_often_its_commit_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_is_charged_once_however_often_its_commit_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "_PAUSES_S", (0.0,))
-    upload = Upload("default", "doc", "v", "gateway", NOW)
     internalize = Remote(Event("default", "doc", "v", "ready", tokens=7))
     commit, charged = Remote(None, AWAY, AWAY), []
-    uploads = _Uploads(backend(Deployment(internalize=internalize), Deployment(commit=commit)))
-    uploads._check = lambda *_: None  # type: ignore[method-assign]
-    uploads._is_superseded = lambda *_: False  # type: ignore[method-assign]
+    deployments = Deployment(internalize=internalize), Deployment(commit=commit)
     monkeypatch.setattr(Backend, "charge", lambda self, key, tokens: charged.append(tokens))
-    asyncio.run(uploads._finish_at_last(_Given("doc", "text", ""), OPEN, upload))
+    asyncio.run(uploading(tmp_path, Known(tmp_path), *deployments)._go_on(UPLOAD, _Given("doc", "text", "")))
     assert (internalize.calls, commit.calls, charged) == (1, 3, [7])
 
 
+@pytest.mark.parametrize(
+    ("keys", "there", "outcome"),
+    [
+        (None, True, "committed"),
+        (None, False, "failed: The server was interrupted. Upload the document again."),
+        (Keys(), True, "failed: The API key of this upload is not valid any more."),
+        (Keys([ApiKey(OPEN.id, "", "default")]), True, "committed"),
+    ],
+)
+def test_a_gateway_goes_on_with_what_another_one_has_left(
+    keys: Keys | None, there: bool, outcome: str, tmp_path: Path
+) -> None:
+    directory, outcomes, texts = Known(tmp_path), [], []
+    directory._keys = keys
+
+    class Calls:
+        async def internalize(self, work: Internalization) -> Event:
+            texts.append(work.text)
+            return Event("default", "doc", "v", "ready")
+
+        async def commit(self, event: Event, key: ApiKey, accepted: datetime) -> Event:
+            outcomes.append("committed")
+            return event
+
+        async def fail(self, upload: Upload, reason: str) -> None:
+            outcomes.append(f"failed: {reason}")
+
+    calls = Calls()
+    for name in ("internalize", "commit", "fail"):
+        setattr(calls, name, Deployment(remote=getattr(calls, name)))
+
+    async def main() -> None:
+        uploads = uploading(tmp_path, directory, calls, calls)
+        if there:
+            uploads._backend.uploads.put(UPLOAD, "a long text")
+        directory._apply(dataclasses.replace(UPLOAD, gateway="another"))
+        assert not uploads._running
+        for _ in range(2):  # told again, as when the catalogue has begun anew, it is not done twice
+            directory._apply(dataclasses.replace(UPLOAD, moves=1))
+        await asyncio.gather(*uploads._running.values())
+
+    asyncio.run(main())
+    assert outcomes == [outcome]
+    assert texts == (["a long text"] if outcome == "committed" else [])
+
+
 def test_a_client_that_leaves_pays_for_its_document_and_a_long_one_is_gone_on_with(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Serve cancels what was called in the context of the client's request."""
     request, seen, charged = contextvars.ContextVar("request", default="none"), [], []
@@ -244,9 +296,7 @@ def test_a_client_that_leaves_pays_for_its_document_and_a_long_one_is_gone_on_wi
             await asyncio.sleep(60)
 
     deployments = Deployment(internalize=Waiting(None)), Deployment(accept=Waiting(None))
-    known = Deployment(name="gateway")  # type: ignore[arg-type]
-    uploads = _Uploads(dataclasses.replace(backend(*deployments), directory=known))  # type: ignore[arg-type]
-    uploads._check = lambda *_: None  # type: ignore[method-assign]
+    uploads = uploading(tmp_path, Known(tmp_path), *deployments)
 
     async def main() -> None:
         request.set("the client's")
@@ -259,7 +309,7 @@ def test_a_client_that_leaves_pays_for_its_document_and_a_long_one_is_gone_on_wi
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert not any(task.done() for task in uploads._running)
+        assert not any(task.done() for task in uploads._running.values())
 
     asyncio.run(main())
     assert seen == ["the client's", "none"]

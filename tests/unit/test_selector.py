@@ -12,7 +12,7 @@ from d2l.embedding import BUNDLED, Embedder, EmbeddingModel
 from d2l.errors import UserError
 from d2l.event import Event
 from serve import selector
-from serve.selector import Selector
+from serve.selector import Choice, Selector
 
 BEES = "Honey bees live in hives. The queen lays the eggs."
 WHALES = "The blue whale is the largest animal that has ever lived. It eats krill in cold seas."
@@ -38,6 +38,7 @@ def with_selector(root: Path, use: Any) -> None:
             return replica._embedder([question])[0]
 
         replica._embed = embed
+        replica.reconfigure({"min_similarity": -1.0})
         await asyncio.wait_for(use(replica), 60)
         replica._tailing.cancel()
 
@@ -45,13 +46,25 @@ def with_selector(root: Path, use: Any) -> None:
 
 
 async def chosen(replica: Any, question: str) -> str | None:
-    choice = await replica.select("acme", question, 0.3)
+    choice = await replica.select("acme", question)
     return choice and choice.doc_id
 
 
 async def eventually(replica: Any, question: str, doc_id: str) -> None:
     while await chosen(replica, question) != doc_id:
         await asyncio.sleep(0.01)
+
+
+def test_less_similar_documents_are_none_as_soon_as_it_is_told(tmp_path: Path, embedder: Embedder):
+    add(Catalogue(tmp_path), embedder, "bees", BEES)
+
+    async def use(replica: Any) -> None:
+        near = await replica.select("acme", "Where do bees live?")
+        assert near.doc_id == "bees"
+        replica.reconfigure({"min_similarity": 0.99})
+        assert await replica.select("acme", "Where do bees live?") == Choice(None, near.similarity)
+
+    with_selector(tmp_path, use)
 
 
 def test_questions_are_answered_while_an_index_is_made_anew(
