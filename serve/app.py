@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from d2l.base_model import BUNDLED_MODELS, resolve
 from d2l.catalogue import Catalogue
-from d2l.config import from_dict
+from d2l.config import from_dict, to_dict
 from d2l.embedding import BUNDLED, EmbeddingModel
 from d2l.errors import UserError
 from d2l.hypernetwork import base_model_of, read_config
@@ -36,13 +36,13 @@ from d2l.storage import Storage, absolute
 from serve.catalogue.deployment import CatalogueDeployment
 from serve.catalogue.keys import Keys
 from serve.engine.batcher import BatcherConfig
-from serve.engine.deployment import Engine
+from serve.engine.deployment import Engine, EngineSettings
 from serve.engine.kv_cache import check_attention
 from serve.errors import RETRY_AFTER_S
 from serve.gateway.deployment import Gateway
 from serve.internalizer import Internalizer
 from serve.routing.router import AdapterRouter
-from serve.selector import Selector
+from serve.selector import Selector, SelectorSettings
 
 APP_NAME = "d2l"
 """Name of the Serve application."""
@@ -121,14 +121,13 @@ class ServeConfig:
             "max_batch_size",
             "max_batch_tokens",
             "max_queued_requests",
-            "adapter_cache_bytes",
         ):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.request_timeout_s <= 0:
             raise UserError(f"request_timeout_s must be positive, got {self.request_timeout_s}")
-        if not -1 <= self.min_similarity <= 1:
-            raise UserError(f"min_similarity is a cosine, so in [-1, 1], got {self.min_similarity}")
+        EngineSettings(self.adapter_cache_bytes)
+        SelectorSettings(self.min_similarity)
         for name in ("replicas", "internalizers"):
             fewest, most = getattr(self, name), getattr(self, f"max_{name}")
             if most is not None and most < fewest:
@@ -159,7 +158,7 @@ def build(config: ServeConfig) -> serve.Application:
             request_router_kwargs={"comfortable": max(1, config.max_batch_size // 2)},
         ),
         graceful_shutdown_timeout_s=config.request_timeout_s,  # a replica that leaves finishes its answers
-        user_config={"adapter_cache_bytes": config.adapter_cache_bytes},
+        user_config=to_dict(EngineSettings(config.adapter_cache_bytes)),
     ).bind(
         store=store,
         base=base,
@@ -193,7 +192,7 @@ def build(config: ServeConfig) -> serve.Application:
             ray_actor_options={"num_cpus": 0},
             max_ongoing_requests=2 * config.max_batch_size,
             max_queued_requests=config.max_queued_requests,
-            user_config={"min_similarity": config.min_similarity},
+            user_config=to_dict(SelectorSettings(config.min_similarity)),
         ).bind(store, embedding)
     capacity = ongoing * (config.max_replicas or config.replicas) + config.max_queued_requests
     return Gateway.options(

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -20,6 +21,7 @@ from d2l.errors import UserError
 from d2l.event import Event
 from d2l.ranking import Ranking
 from serve.errors import storage_error
+from serve.user_config import settings
 
 _TAIL_S = 1.0
 """Pause between looks at the catalogue."""
@@ -54,6 +56,18 @@ class _Index:
     """When, by the monotonic clock."""
 
 
+@dataclass(frozen=True)
+class SelectorSettings:
+    """What may change while it runs."""
+
+    min_similarity: float
+    """Cosine of a question and a document below which the document is none."""
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.min_similarity <= 1:
+            raise UserError(f"min_similarity is a cosine, so in [-1, 1], got {self.min_similarity}")
+
+
 @serve.deployment
 class Selector:
     """Chooses documents by meaning.
@@ -69,12 +83,12 @@ class Selector:
         self._indexes: dict[str, _Index] = {}
         self._reading: dict[str, asyncio.Task[UserError | None]] = {}
         self._changes: Counter[str] = Counter()
-        self._min_similarity = -1.0
+        self._settings: SelectorSettings | None = None
         self._tailing = asyncio.create_task(self._tail())
 
-    def reconfigure(self, config: dict[str, float]) -> None:
-        """Called by Serve with `user_config`: `min_similarity` of documents that come into question."""
-        self._min_similarity = config["min_similarity"]
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Called by Serve with `user_config`, the fields of `SelectorSettings`; others than these are not taken."""
+        self._settings = settings(SelectorSettings, config, self._settings)
 
     async def select(self, tenant: str, question: str) -> Choice | None:
         """The document that fits the question best; None where there is none with an embedding.
@@ -86,7 +100,8 @@ class Selector:
         if index.ranking is None:
             return None
         asked = await self._embed(question)
-        least = self._min_similarity
+        assert self._settings is not None  # Serve calls `reconfigure` first
+        least = self._settings.min_similarity
         best, similarity = index.ranking.best(np.array(asked.vector, np.float32), asked.terms, least)
         return Choice(index.events[best].doc_id if similarity >= least else None, similarity)
 

@@ -11,8 +11,8 @@ Clients ask over HTTP without pause, their documents drawn by Zipf's law:
 `gateway_overhead_ms` is what gateway and HTTP add, at the median and with nothing else going on, to a call of the
 engines' deployment for one token. `failures` are answers that were neither a whole completion nor an honest 429 with
 Retry-After; `loads_per_1000` and `hits` are adapters read from disk per 1,000 requests to engines, and the share that
-found theirs; `requests` are each engine's; `engine_mb` is the resident memory of all engines here after a fifth of the
-time and at the end.
+found theirs; `requests` are those of each engine that had any; `engine_mb` is the resident memory of all engines here
+after a fifth of the time and at the end.
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class BenchLoadConfig:
     hypernetwork: str = SHIPPED
     """Checkpoint for uploads, which says base model and target modules."""
     seconds: float = 300
-    """How long, for each of the three."""
+    """How long each of them takes, `hottest` apart."""
     replicas: int = 2
     """Engines."""
     adapters: int = 500
@@ -189,7 +189,6 @@ def _serve_multiplexed(config: BenchLoadConfig, served: ServeConfig) -> None:
         selector=None,
         store=served.store,
         alias=served.alias,
-        min_similarity=0.0,
         timeout_s=served.request_timeout_s,
     )
     serve.run(bound, name=APP_NAME)
@@ -270,8 +269,7 @@ class _Load:
         if not after[_LOADS]:
             raise UserError("Ray's metrics have no loads of adapters; is its dashboard agent running?")
         hits, loads = (Counter(after[kind]) - Counter(before[kind]) for kind in (_HITS, _LOADS))
-        engines = hits + loads
-        requests = engines.total()
+        asked = sorted((hits + loads).values(), reverse=True)
         median, p99 = np.quantile(self._latencies, [0.5, 0.99])
         return {
             "answers": len(self._latencies),
@@ -281,9 +279,9 @@ class _Load:
             "throttled": self._throttled,
             "uploaded": self._uploaded,
             "failures": dict(self._failures),
-            "requests": sorted(engines.values(), reverse=True),
-            "loads_per_1000": 1000 * loads.total() / requests,
-            "hits": hits.total() / requests,
+            "requests": asked,
+            "loads_per_1000": 1000 * loads.total() / sum(asked),
+            "hits": hits.total() / sum(asked),
             "engine_mb": [self._megabytes[len(self._megabytes) // 5], self._megabytes[-1]],
         }
 

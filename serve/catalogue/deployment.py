@@ -1,8 +1,9 @@
 """The catalogue deployment, one replica: the only one in serving that writes the catalogue, and the one that counts.
 
 It tails the table, commits uploads and deletions of all gateways in groups, sees to long uploads whose gateway has
-gone, reads the file of keys again when it changes, and tells the gateways of all this through a feed. What a gateway asked it to commit is known to every gateway
-when it answers. Limits are counted here, for counters in each gateway would allow each the whole.
+gone, reads the file of keys again when it changes, and tells the gateways of all this through a feed. What a gateway
+asked it to commit is known to every gateway when it answers. Limits are counted here, for counters in each gateway
+would allow each the whole.
 """
 
 import asyncio
@@ -83,13 +84,13 @@ class CatalogueDeployment:
         self._kept = UploadStore(store)
         self._uploads: dict[tuple[str, str], Upload] = {}
         self._ended: deque[Upload] = deque()
-        """Uploads that need not be kept any more."""
+        """Uploads that need not be kept any more, whoever is at them."""
         for upload in await asyncio.to_thread(self._kept.all):
-            changed = self._catalogue.changed_at(upload.tenant, upload.doc_id)
-            if changed and changed >= upload.accepted:
+            self._last = max(self._last, upload.accepted)
+            if upload.is_superseded(self._catalogue.changed_at(upload.tenant, upload.doc_id)):
                 self._ended.append(upload)
             else:
-                remember(self._uploads, upload)
+                self._remember(upload)
         self._limiters: dict[str, Limiter] = {}
         self._keys_file = Path(keys) if keys else None
         self._keys_time: float | None = None
@@ -129,23 +130,28 @@ class CatalogueDeployment:
 
     async def accept(self, upload: Upload) -> Upload:
         """Tell all gateways of an upload that goes on; the upload, with the time, which is then to be kept."""
-        if before := self._uploads.get((upload.tenant, upload.doc_id)):
-            self._ended.append(before)
         upload = replace(upload, accepted=self._now(upload.tenant, upload.doc_id))
         await self._tell(upload)
         return upload
 
     async def fail(self, upload: Upload, reason: str) -> None:
         """Tell all gateways that an upload has failed, unless something else has happened to its document since."""
-        self._ended.append(upload)
         there = self._uploads.get((upload.tenant, upload.doc_id))
-        changed = self._catalogue.changed_at(upload.tenant, upload.doc_id)
-        if not (there and there.accepted > upload.accepted) and not (changed and changed >= upload.accepted):
+        is_moved = there and there.id == upload.id and there.gateway != upload.gateway
+        if is_moved or (there and there.accepted > upload.accepted):
+            return
+        if not upload.is_superseded(self._catalogue.changed_at(upload.tenant, upload.doc_id)):
             await self._tell(replace(upload, status="failed", reason=reason))
 
     async def _tell(self, upload: Upload) -> None:
-        remember(self._uploads, upload)
+        self._remember(upload)
         await self._feed.delivered(await self._feed.publish([upload]))
+
+    def _remember(self, upload: Upload) -> None:
+        before = self._uploads.get((upload.tenant, upload.doc_id))
+        if before and before.id != upload.id:
+            self._ended.append(before)
+        remember(self._uploads, upload)
 
     async def admit(self, key: ApiKey) -> None:
         """Count a request.
@@ -235,18 +241,21 @@ class CatalogueDeployment:
             await self._publish(await asyncio.to_thread(self._catalogue.refresh))
 
     async def _tend(self) -> None:
-        """Forget uploads that have ended, and give those whose gateway has gone to another one."""
+        """Give uploads whose gateway has gone to another one, and forget those that have ended."""
         await asyncio.sleep(_TAIL_S)
-        while self._ended:
-            await asyncio.to_thread(self._kept.remove, self._ended[0])
-            self._ended.popleft()
         there = self._feed.subscribers
-        lost = [each for each in self._uploads.values() if each.status == "processing" and each.gateway not in there]
-        for upload in lost if there else ():
+        for upload in list(self._uploads.values()) if there else ():
+            is_current = self._uploads.get((upload.tenant, upload.doc_id)) is upload  # telling of others takes time
+            if upload.status == "failed" or upload.gateway in there or not is_current:
+                continue
             if upload.moves < _MOST_MOVES:
                 await self._tell(replace(upload, gateway=random.choice(there), moves=upload.moves + 1))
             else:
+                self._ended.append(upload)
                 await self.fail(upload, f"{_MOST_MOVES + 1} servers ended while they read it")
+        while self._ended:
+            await asyncio.to_thread(self._kept.remove, self._ended[0])
+            self._ended.popleft()
 
     async def _read_keys(self) -> None:
         if self._keys_file is None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ray import serve
@@ -27,11 +29,24 @@ from serve.engine.metrics import AnswerTimer, EngineMetrics
 from serve.engine.request import EngineRequest
 from serve.engine.vllm import VllmBatcher
 from serve.errors import ApiError, adapter_error, storage_error
+from serve.user_config import settings
 
 _LOADS = 32
 """Adapters that are fetched from the store at once at most, and as many from disk."""
 
 logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What may change while it runs."""
+
+    adapter_cache_bytes: int
+    """Adapters that are kept in memory."""
+
+    def __post_init__(self) -> None:
+        if self.adapter_cache_bytes < 1:
+            raise UserError(f"adapter_cache_bytes must be at least 1, got {self.adapter_cache_bytes}")
 
 
 @serve.deployment
@@ -71,13 +86,15 @@ class Engine:
         # Of their own: prompts wait for no slow storage, and what is on disk for no store that hangs.
         self._fetchers = ThreadPoolExecutor(_LOADS, "adapter-fetch")
         self._readers = ThreadPoolExecutor(_LOADS, "adapter-read")
+        self._settings: EngineSettings | None = None
         self._cache = AdapterCache(self._start_load)
         self._timeout_s = timeout_s
         self._metrics = EngineMetrics(self._batcher, self._cache)
 
-    def reconfigure(self, config: dict[str, int]) -> None:
-        """Called by Serve with `user_config`: `adapter_cache_bytes` are kept in memory."""
-        self._cache.resize(config["adapter_cache_bytes"])
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Called by Serve with `user_config`, the fields of `EngineSettings`; others than these are not taken."""
+        self._settings = settings(EngineSettings, config, self._settings)
+        self._cache.resize(self._settings.adapter_cache_bytes)
 
     async def complete(self, request: EngineRequest) -> Piece:
         """The answer in one piece. Raises as `stream` does."""

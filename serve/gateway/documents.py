@@ -9,13 +9,13 @@ import contextvars
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import chain, repeat
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -57,6 +57,8 @@ _CHARACTERS_PER_TOKEN = 4
 _MOST_READ = 8
 """Files that wait for a gateway's reader at most."""
 _MULTIPART = "multipart/form-data"
+
+T = TypeVar("T")
 
 logger = logging.getLogger("ray.serve")
 
@@ -262,7 +264,8 @@ class _Uploads:
         upload = Upload(uuid.uuid4().hex, *origin, self._backend.directory.name)
         accepted: asyncio.Future[Upload] = asyncio.get_running_loop().create_future()
         self._start(upload, self._take(given, upload, accepted))
-        upload = await asyncio.shield(accepted)
+        async with self._backend.deadline():  # after which it may be taken all the same
+            upload = await asyncio.shield(accepted)
         current = self._backend.directory.catalogue.resolve(key.tenant, given.doc_id)
         return _uploading(self._backend.alias, upload, current)
 
@@ -287,16 +290,13 @@ class _Uploads:
     async def _take(self, given: _Given, upload: Upload, accepted: asyncio.Future[Upload]) -> None:
         """Keep a document, so that its upload can be answered, and go on with it."""
         try:
-            async with self._backend.deadline():
-                upload = await self._backend.catalogue.accept.remote(upload)
-                try:
-                    await asyncio.to_thread(self._backend.uploads.put, upload, given.text)
-                except UserError as error:
-                    raise storage_error(error) from error
-        except ApiError as error:
-            accepted.set_exception(error)
+            upload = await self._backend.catalogue.accept.remote(upload)
+            await self._stored(self._backend.uploads.put, upload, given.text)
+        except Exception as error:
+            accepted.set_exception(as_api_error(error))
+            accepted.exception()  # the client may have left
             if upload.accepted > NEVER:
-                await self._backend.catalogue.fail.remote(upload, error.message)
+                await self._backend.catalogue.fail.remote(upload, as_api_error(error).message)
         else:
             accepted.set_result(upload)
             await self._go_on(upload, given)
@@ -307,6 +307,8 @@ class _Uploads:
                 await self._finish_at_last(upload, given)
         except ApiError as error:
             await self._backend.catalogue.fail.remote(upload, error.message)
+        if not self._is_moved(upload):
+            await self._stored(self._backend.uploads.remove, upload)
 
     async def _finish_at_last(self, upload: Upload, given: _Given | None) -> None:
         """As `finish`, but waits for what is only overloaded or out of reach: nobody else tries again."""
@@ -315,9 +317,9 @@ class _Uploads:
         losses = 0
         for pause in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:
-                given = given or await self._kept(upload)
-                key = self._key(upload)
                 async with self._turns:  # else they would take the internalizers' queues from short ones
+                    given = given or await self._kept(upload)
+                    key = self._key(upload)
                     event = event or await self._make(given, key)
                     await self._commit(event, key, upload.accepted)
                 return
@@ -332,26 +334,41 @@ class _Uploads:
                 return
 
     async def _kept(self, upload: Upload) -> _Given:
-        try:
-            text = await asyncio.to_thread(self._backend.uploads.text, upload)
-        except UserError as error:
-            raise storage_error(error) from error
+        text = await self._stored(self._backend.uploads.take, upload)
         if text is None:
             raise ApiError(404, "The server was interrupted. Upload the document again.")
         return _Given(upload.doc_id, text, upload.extractor)
 
     def _key(self, upload: Upload) -> ApiKey:
         key = self._backend.directory.key(upload.key)
-        if key is None:
+        if key is None or key.tenant != upload.tenant:  # keys may have changed, or be in use no more
             raise ApiError(401, "The API key of this upload is not valid any more.")
         return key
 
     def _is_superseded(self, upload: Upload) -> bool:
-        """Whether the document was deleted meanwhile, or sent anew."""
+        """Whether the document was deleted meanwhile, or sent anew, or another gateway is at it."""
         directory = self._backend.directory
         known = directory.upload(upload.tenant, upload.doc_id)
         changed = directory.catalogue.changed_at(upload.tenant, upload.doc_id)
-        return bool(known and known.accepted > upload.accepted) or bool(changed and changed >= upload.accepted)
+        is_sent_anew = known is not None and known.accepted > upload.accepted
+        return is_sent_anew or self._is_moved(upload) or upload.is_superseded(changed)
+
+    def _is_moved(self, upload: Upload) -> bool:
+        """Whether it was given to another gateway, for this one had not been heard of."""
+        known = self._backend.directory.upload(upload.tenant, upload.doc_id)
+        return known is not None and known.id == upload.id and known.gateway != self._backend.directory.name
+
+    @staticmethod
+    async def _stored(work: Callable[..., T], *arguments: Any) -> T:
+        """Have storage do something, in a thread.
+
+        Raises:
+            ApiError: it fails.
+        """
+        try:
+            return await asyncio.to_thread(work, *arguments)
+        except UserError as error:
+            raise storage_error(error) from error
 
     def _ended(self, upload: Upload, task: asyncio.Task[None]) -> None:
         del self._running[upload.id]

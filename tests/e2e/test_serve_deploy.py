@@ -16,6 +16,7 @@ import pytest
 import requests
 import yaml
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from d2l.base_model import BaseModel
 from tests.conftest import tiny_hypernetwork
@@ -35,6 +36,7 @@ class Cluster:
     """A head node, and what is deployed on it."""
 
     dashboard: str
+    metrics: str
     config: dict[str, Any]
     folder: Path
 
@@ -65,6 +67,12 @@ class Cluster:
             assert time.monotonic() < until, self.status()
             time.sleep(0.5)
 
+    def adapter_bytes(self) -> float:
+        """Adapters that engines have in memory."""
+        families = text_string_to_metric_families(requests.get(self.metrics, timeout=30).text)
+        found = [family.samples for family in families if family.name == "ray_d2l_adapter_bytes"]
+        return sum(sample.value for samples in found for sample in samples)
+
     def upload(self) -> dict[str, Any]:
         """The document as it is then."""
         response = requests.post(f"{self.url}/documents", json={"id": "harbour", "text": TEXT}, timeout=60)
@@ -77,7 +85,7 @@ def cluster(tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("deploy")
     for name, seed in (("old", 0), ("new", 1)):
         tiny_hypernetwork(tiny_llama, seed=seed).save_pretrained(folder / name)
-    gcs, dashboard, http = free_ports(3)
+    gcs, dashboard, http, metrics = free_ports(4)
     config = yaml.safe_load(YAML.read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": http}
     (application,) = config["applications"]
@@ -94,11 +102,16 @@ def cluster(tiny_llama: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
         "max_batch_size": 2,
     }
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--object-store-memory=200000000"]
+    command += [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--metrics-export-port={metrics}",
+        "--object-store-memory=200000000",
+    ]
     with (folder / "ray.log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True)
     try:
-        running = Cluster(f"http://127.0.0.1:{dashboard}", config, folder)
+        running = Cluster(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", config, folder)
         until = time.monotonic() + 120
         while not _up(running.dashboard):
             assert head.poll() is None, (folder / "ray.log").read_text()
@@ -126,8 +139,13 @@ def test_uploads_move_to_another_hypernetwork_without_a_restart(cluster: Cluster
 
 
 def test_engines_give_adapters_less_memory_without_a_restart(cluster: Cluster):
+    cluster.upload()
+    client = OpenAI(base_url=cluster.url, api_key="none", max_retries=0, timeout=60)
+    client.chat.completions.create(model="tiny:harbour", messages=[{"role": "user", "content": "Hello"}], max_tokens=4)
+    cluster.wait(lambda: cluster.adapter_bytes() > 0)
     replicas = cluster.running("Engine")
     cluster.deploy({"name": "Engine", "user_config": {"adapter_cache_bytes": 1}})
+    cluster.wait(lambda: cluster.adapter_bytes() == 0)
     assert cluster.running("Engine") == replicas
 
 

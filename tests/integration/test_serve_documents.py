@@ -200,8 +200,8 @@ def test_long_documents_outlive_their_gateways(server: Server) -> None:
     long = "The magic number of the blue harbour is 4821. " * 8000
     for doc_id in ("first", "second"):
         assert server.call("POST", "/documents", json={"id": doc_id, "text": long}).status_code == 202
-    for gateway in _actors("Gateway"):
-        ray.kill(gateway)
+    for actor in (*_actors("Gateway"), *_actors("CatalogueDeployment")):
+        ray.kill(actor)
     kept = UploadStore(str(server.store))
     assert {upload.doc_id for upload in kept.all()} >= {"first", "second"}
     wait_until(lambda: not kept.all(), 120)

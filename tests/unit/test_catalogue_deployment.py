@@ -105,8 +105,6 @@ def test_an_upload_replaces_what_was_there_and_what_came_before_it(run: Any) -> 
         await deployment.fail(second, "no space")
         (told,) = (await deployment.subscribe("gateway")).uploads
         assert (told.status, told.reason) == ("failed", "no space")
-        await deployment._tend()
-        assert deployment._kept.all() == []
 
     run(test)
 
@@ -172,9 +170,9 @@ def test_uploads_outlive_the_deployment(tmp_path: Path) -> None:
 
     async def main() -> None:
         before = await begun()
-        for upload in (kept, deleted):
+        for upload in (replace(kept, id="3" * 32), kept, deleted):  # the first of them is replaced by the second
             UploadStore(str(tmp_path)).put(await before.accept(upload), "a long text")
-        (tmp_path / "uploads" / "note.txt").write_text("not an upload")
+        (tmp_path / "uploads" / "note.json").write_text("not an upload")
         before._catalogue.append([replace(DELETED, doc_id=deleted.doc_id, created_at=datetime.now(UTC))])
         after = await begun()
         await after._tend()

@@ -37,7 +37,7 @@ def engine(tiny_llama: BaseModel, tmp_path: Path) -> Callable[..., Engine]:
     def make(timeout_s: float = 60, store: str = str(tmp_path)) -> Engine:
         options = {"disk_bytes": 10**9, "timeout_s": timeout_s, "batching": BatcherConfig()}
         made = Engine.func_or_class(store, tiny_llama.name, "cpu", "float32", **options)
-        made.reconfigure({"adapter_cache_bytes": 10**9})
+        made._cache.resize(10**9)
         return made
 
     return make

@@ -14,6 +14,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from d2l.catalogue import Catalogue
+from d2l.errors import StorageError
 from d2l.event import Event
 from serve.catalogue.keys import OPEN, AddKeyConfig, ApiKey, Keys, add_key
 from serve.catalogue.uploads import Upload, UploadStore
@@ -244,6 +245,7 @@ def test_a_document_is_charged_once_however_often_its_commit_is_tried(
         (None, False, "failed: The server was interrupted. Upload the document again."),
         (Keys(), True, "failed: The API key of this upload is not valid any more."),
         (Keys([ApiKey(OPEN.id, "", "default")]), True, "committed"),
+        (Keys([ApiKey(OPEN.id, "", "rival")]), True, "failed: The API key of this upload is not valid any more."),
     ],
 )
 def test_a_gateway_goes_on_with_what_another_one_has_left(
@@ -281,6 +283,32 @@ def test_a_gateway_goes_on_with_what_another_one_has_left(
     asyncio.run(main())
     assert outcomes == [outcome]
     assert texts == (["a long text"] if outcome == "committed" else [])
+    assert UploadStore(str(tmp_path)).all() == []
+
+
+def test_a_document_that_cannot_be_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: UploadStore, upload: Upload, text: str) -> None:
+        raise StorageError("no space")
+
+    monkeypatch.setattr(UploadStore, "put", full)
+    uploads = uploading(tmp_path, Known(tmp_path), None, Deployment(accept=Remote(UPLOAD), fail=(fail := Remote(None))))
+
+    async def main() -> None:
+        with pytest.raises(ApiError, match="out of reach") as error:
+            await uploads.begin(_Given("doc", "a long text", "text"), OPEN)
+        assert error.value.status == 503
+        await asyncio.gather(*uploads._running.values())
+
+    asyncio.run(main())
+    assert fail.calls == 1
+
+
+def test_what_was_given_to_another_gateway_is_left_to_it(tmp_path: Path) -> None:
+    directory, kept = Known(tmp_path), UploadStore(str(tmp_path))
+    kept.put(UPLOAD, "a long text")
+    directory._apply(dataclasses.replace(UPLOAD, gateway="another", moves=1))
+    asyncio.run(uploading(tmp_path, directory, None, None)._go_on(UPLOAD))
+    assert kept.all() == [UPLOAD]
 
 
 def test_a_client_that_leaves_pays_for_its_document_and_a_long_one_is_gone_on_with(

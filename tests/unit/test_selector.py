@@ -38,7 +38,7 @@ def with_selector(root: Path, use: Any) -> None:
             return replica._embedder([question])[0]
 
         replica._embed = embed
-        replica.reconfigure({"min_similarity": -1.0})
+        await replica.reconfigure({"min_similarity": -1.0})
         await asyncio.wait_for(use(replica), 60)
         replica._tailing.cancel()
 
@@ -61,7 +61,9 @@ def test_less_similar_documents_are_none_as_soon_as_it_is_told(tmp_path: Path, e
     async def use(replica: Any) -> None:
         near = await replica.select("acme", "Where do bees live?")
         assert near.doc_id == "bees"
-        replica.reconfigure({"min_similarity": 0.99})
+        await replica.reconfigure({"min_similarity": 0.99})
+        for wrong in ({"min_similarity": "0.4"}, {"min_similarity": 40}, {"similarity": 0.4}):
+            await replica.reconfigure(wrong)
         assert await replica.select("acme", "Where do bees live?") == Choice(None, near.similarity)
 
     with_selector(tmp_path, use)
