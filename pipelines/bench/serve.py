@@ -268,9 +268,9 @@ def _cold_to_warm(config: BenchServeConfig, name: str, base: BaseModel, adapters
         for adapter_id, adapter in zip(ids, adapters, strict=True):
             store.put("default", adapter_id, adapter)
         store.storage = _FarStorage(folder)
-        room = 2 * adapters[0].nbytes
         dtype = str(base.dtype).removeprefix("torch.")
-        engine = Engine.func_or_class(folder, name, str(base.device), dtype, room, 0, 60, BatcherConfig())
+        engine = Engine.func_or_class(folder, name, str(base.device), dtype, 0, 60, BatcherConfig())
+        _runner().run(engine.reconfigure({"adapter_cache_bytes": 2 * adapters[0].nbytes}))
         engine._disk = AdapterDisk(store, 0)
         cold = itertools.cycle(ids[1:])  # as many as are not in memory any more when their turn comes again
         prompt = "Write a long story about a harbour."

@@ -36,7 +36,7 @@ class Replica:
     """Stands where an engine does, and says which one it is."""
 
     async def complete(self, request: EngineRequest) -> str:
-        await asyncio.sleep(0.5 if request.seed else 0)
+        await asyncio.sleep(1 if request.seed else 0)
         return serve.get_replica_context().replica_id.unique_id
 
 
