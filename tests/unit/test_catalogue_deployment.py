@@ -156,6 +156,17 @@ def test_uploads_of_a_gateway_that_has_gone_move_to_others_until_it_seems_to_be_
     run(test)
 
 
+def test_who_takes_an_upload_over_is_in_its_record(tmp_path: Path) -> None:
+    """Else a document that ends whoever reads it would be begun anew for ever."""
+    store, moved = UploadStore(str(tmp_path)), replace(LONG, gateway="another", moves=1)
+    store.put(LONG, "a long text")
+    assert store.take(moved) == "a long text"
+    assert store.all() == [moved]
+    store.remove(moved)
+    assert store.take(moved) is None
+    assert store.all() == []
+
+
 def test_uploads_outlive_the_deployment(tmp_path: Path) -> None:
     """But for those whose end was the last thing that happened."""
     kept, deleted = (replace(LONG, id=str(number) * 32, doc_id=f"doc-{number}") for number in (1, 2))
